@@ -1,0 +1,47 @@
+# Needs Python 3.11 or newer, git and make; everything else is installed into .venv.
+#
+#   make setup   .venv with fxopt (editable) and all extras, at the versions of constraints.txt
+#   make test    ruff, mypy, pytest                     make test JOBS=4 PYTEST_ARGS='-k fold'
+#   make demo    the tour: docs/demo.py
+#   make sweep   every model of the zoo: tests/sweep.py
+#   make clean   what tools left behind; .venv stays
+
+PYTHON ?= python3
+JOBS ?= 2
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup test demo sweep clean
+.DELETE_ON_ERROR:
+
+setup: $(STAMP)
+
+# torch goes first and alone, at exactly the constrained version: torchvision and timm then take the one that is there,
+# and no range can bring in another build of it.
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --constraint constraints.txt "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev,zoo,demo]'
+	touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "fxopt needs Python 3.11 or newer; name one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+test: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy --strict fxopt passes
+	$(BIN)/pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+
+demo: $(STAMP)
+	$(BIN)/python docs/demo.py
+
+sweep: $(STAMP)
+	$(BIN)/python tests/sweep.py
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name $(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
