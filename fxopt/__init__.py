@@ -1,0 +1,58 @@
+"""fxopt: a graph-rewriting compiler on torch.fx that shows, proves and explains what it does."""
+
+from fxopt import effects, ir, ops
+from fxopt.compiler import FxoptNotice, compile, trace
+from fxopt.errors import (
+    CaptureError,
+    CheckError,
+    ConvergenceError,
+    FxoptError,
+    InputError,
+    PluginError,
+    RenderError,
+    RewriteError,
+    StaleWeightsError,
+    UsageError,
+    VerificationError,
+)
+from fxopt.pattern import Match, NoMatch, any_of, call, const, lit, var
+from fxopt.plugins import available as passes
+from fxopt.plugins import register
+from fxopt.rewrite import UNKNOWN, Pass, Rewriter, Rule
+from fxopt.runtime import CompiledModule
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "UNKNOWN",
+    "CaptureError",
+    "CheckError",
+    "CompiledModule",
+    "ConvergenceError",
+    "FxoptError",
+    "FxoptNotice",
+    "InputError",
+    "Match",
+    "NoMatch",
+    "Pass",
+    "PluginError",
+    "RenderError",
+    "RewriteError",
+    "Rewriter",
+    "Rule",
+    "StaleWeightsError",
+    "UsageError",
+    "VerificationError",
+    "any_of",
+    "call",
+    "compile",
+    "const",
+    "effects",
+    "ir",
+    "lit",
+    "ops",
+    "passes",
+    "register",
+    "trace",
+    "var",
+]

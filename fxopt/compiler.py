@@ -1,0 +1,143 @@
+"""`fxopt.compile` and `fxopt.trace`: the front door."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import fx
+
+from fxopt import ir, plugins
+from fxopt.capture import Inputs, capture_export, capture_symbolic, private_copy
+from fxopt.errors import CaptureError, UsageError
+from fxopt.pipeline import Progress
+from fxopt.program import Options
+from fxopt.rewrite import Numerics, Pass
+from fxopt.runtime import CompiledModule
+from fxopt.session import Session
+
+#: How passes are named: "default", or names and Pass objects in the order in which they shall run.
+Passes = str | Iterable[str | Pass]
+
+
+class FxoptNotice(UserWarning):
+    """Something that the caller may want to know, and that is also in the report."""
+
+
+def choose_passes(passes: Passes = "default", disable: Iterable[str] = ()) -> tuple[Pass, ...]:
+    """The pipeline of `passes` without those in `disable`.
+
+    Raises UsageError for a name that no pass has.
+    """
+    if isinstance(passes, str):
+        chosen = plugins.default_pipeline() if passes == "default" else (plugins.named(passes),)
+    else:
+        chosen = tuple(entry if isinstance(entry, Pass) else plugins.named(entry) for entry in passes)
+    unwanted = {disable} if isinstance(disable, str) else set(disable)
+    for name in unwanted:
+        if name not in {current.name for current in chosen}:
+            plugins.named(name)  # a name that no pass has is a mistake; one that is not chosen is not
+    return tuple(current for current in chosen if current.name not in unwanted)
+
+
+def compile(  # noqa: A001 (the name that torch.compile taught everyone)
+    model: torch.nn.Module,
+    args: tuple[Any, ...] | torch.Tensor | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    passes: Passes = "default",
+    disable: Sequence[str] = (),
+    backend: str = "auto",
+    numerics: Numerics = "reassociate",
+    verify: bool | str = True,
+    dynamic_shapes: str | None = "batch",
+    strict: bool = False,
+    progress: Progress | None = None,
+) -> CompiledModule:
+    """The same function as `model` in eval mode, faster.
+
+    `args` and `kwargs` are example inputs, of any structure. With them everything is done now: captured by
+    torch.export with the first dimension open (`dynamic_shapes`: "batch", "all" or None), rewritten, lowered for these
+    inputs, and verified on them. Without, the model is traced symbolically and finished at its first call.
+
+    `passes` is "default" or a sequence of names and Pass objects; `disable` leaves out some. `backend` is "auto" or the
+    name of one. `numerics` is what is allowed: "bitwise", "reassociate" or "approximate". `verify` compares the result
+    with the original on first use; "each" compares after every pass. With `strict` a pass that fails or changes the
+    answer raises, instead of being rolled back and named in the report. `progress(stage, done, total)` is called as work
+    goes on.
+
+    Raises UsageError for what is not a module or an option, CaptureError where the model cannot be captured,
+    InputError where it does not take the inputs, VerificationError rather than a wrong answer.
+    """
+    if numerics not in ("bitwise", "reassociate", "approximate"):
+        raise UsageError(f"numerics is {numerics!r}", hint='it is "bitwise", "reassociate" or "approximate"')
+    if verify not in (True, False, "each"):
+        raise UsageError(f"verify is {verify!r}", hint='it is True, False or "each"')
+    original = private_copy(model)
+    if backend != "auto":
+        plugins.backend(backend)
+    options = Options(
+        choose_passes(passes, disable), backend, numerics, verify, dynamic_shapes, strict, progress
+    )
+    notices = []
+    if any(module.training for module in model.modules()):
+        notices.append("the model was in training mode; it is compiled as in eval mode, and itself left as it was")
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise UsageError(
+            "the model is on the meta device: it has shapes but no values",
+            hint="load its weights onto a device first (to_empty, then load_state_dict)",
+        )
+    session = Session(original, type(model).__name__, options)
+    if args is None and kwargs is None:
+        try:
+            session.start_symbolic()
+        except CaptureError as error:
+            notices.append(f"captured at the first call instead of now: {error.message}")
+            session.start_empty([])
+    else:
+        given = (args,) if isinstance(args, torch.Tensor) else tuple(args or ())
+        session.start_empty([])
+        compiled = CompiledModule(session)
+        with torch.no_grad():
+            compiled._specialise(given, dict(kwargs or {}), _key(given, dict(kwargs or {})))
+        session.report.notices[:0] = notices
+        _tell(notices)
+        return compiled
+    session.report.notices[:0] = notices
+    _tell(notices)
+    return CompiledModule(session)
+
+
+def _key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    from torch.utils import _pytree as pytree
+
+    from fxopt.runtime import _signature
+
+    return _signature(*pytree.tree_flatten((args, kwargs)))
+
+
+def _tell(notices: list[str]) -> None:
+    for notice in notices:
+        warnings.warn(notice, FxoptNotice, stacklevel=3)
+
+
+def trace(
+    model: torch.nn.Module, example_inputs: tuple[Any, ...] | torch.Tensor | None = None, **kwargs: Any
+) -> fx.GraphModule:
+    """The IR alone: the model captured in normal form (see docs/ir.md), symbolically or, with inputs, by torch.export.
+
+    Raises UsageError and CaptureError as `compile` does.
+    """
+    original = private_copy(model)
+    if example_inputs is None and not kwargs:
+        captured = capture_symbolic(original)
+    else:
+        given = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs or ())
+        captured = capture_export(original, Inputs.flatten(given, kwargs))
+    captured.module.recompile()
+    return cast(fx.GraphModule, captured.module)
+
+
+__all__ = ["FxoptNotice", "choose_passes", "compile", "ir", "trace"]

@@ -1,0 +1,249 @@
+"""What a node reads, writes, aliases, and draws at random: from ATen's schemas; unknown means "may do anything"."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import fx
+from torch._ops import HigherOrderOperator, OpOverload
+
+from fxopt import ir, ops
+
+aten = torch.ops.aten
+
+#: Composite operators that always compute a new tensor, though their schema has no kernel to prove it.
+_FRESH_COMPOSITES = frozenset(
+    {
+        *ops.CONVOLUTION_TARGETS,
+        *ops.STRING_PADDED_TARGETS,
+        ops.convolution,
+        ops.linear,
+        aten.linear.default,
+        aten.batch_norm.default,
+        aten.layer_norm.default,
+        aten.group_norm.default,
+        aten.instance_norm.default,
+        aten.matmul.default,
+        aten.max_pool1d.default,
+        aten.max_pool2d.default,
+        aten.max_pool3d.default,
+        aten.adaptive_avg_pool1d.default,
+        aten.adaptive_avg_pool2d.default,
+        aten.adaptive_avg_pool3d.default,
+        aten.relu6.default,
+        aten.softmax.int,
+        aten.log_softmax.int,
+        aten.scaled_dot_product_attention.default,
+        aten.upsample_nearest2d.vec,
+        aten.upsample_bilinear2d.vec,
+        aten.embedding.default,
+        aten.pixel_shuffle.default,
+    }
+)
+
+#: Operators whose schema says fresh but which may hand back their input, or which write where the schema is silent.
+_MAY_RETURN_INPUT = frozenset(
+    {
+        aten.dropout.default,
+        aten.feature_dropout.default,
+        aten.alpha_dropout.default,
+        aten.feature_alpha_dropout.default,
+    }
+)
+
+#: torch's own modules that stay opaque and whose forward, in eval mode, writes nothing and draws nothing.
+PURE_MODULES: tuple[type[torch.nn.Module], ...] = (
+    torch.nn.RNNBase,
+    torch.nn.RNNCellBase,
+    torch.nn.MultiheadAttention,
+    torch.nn.TransformerEncoder,
+    torch.nn.TransformerEncoderLayer,
+    torch.nn.TransformerDecoder,
+    torch.nn.TransformerDecoderLayer,
+    torch.nn.Transformer,
+)
+
+
+@dataclass(frozen=True)
+class Effects:
+    """What one node does beside giving a value.
+
+    `writes` are the operands it changes in place; `aliases` the operands that its result may share memory with;
+    `random` that it draws random numbers; `raises` that it is there for the error it may raise;
+    `opaque` that it may do anything at all.
+    """
+
+    writes: tuple[fx.Node, ...] = ()
+    aliases: tuple[fx.Node, ...] = ()
+    random: bool = False
+    raises: bool = False
+    opaque: bool = False
+
+    @property
+    def pure(self) -> bool:
+        """Whether the node may be dropped when nobody reads it."""
+        return not (self.writes or self.random or self.raises or self.opaque)
+
+
+def _operands(value: Any) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.map_arg(value, found.append)
+    return found
+
+
+def of(node: fx.Node) -> Effects:
+    """The effects of a node."""
+    if node.op in ("placeholder", "get_attr", "output"):
+        return Effects(aliases=tuple(node.all_input_nodes) if node.op == "output" else ())
+    target = node.target
+    if isinstance(target, OpOverload):
+        return _of_operator(node, target)
+    if node.op == "call_function":
+        if target in ir.SCALAR_FUNCTIONS:
+            tensors = [operand for operand in node.all_input_nodes if not _is_number(operand)]
+            if target is operator.getitem:
+                return Effects(aliases=tuple(tensors))
+            return Effects() if not tensors else Effects(opaque=True, aliases=tuple(tensors))
+        if target is getattr:
+            return Effects(aliases=tuple(node.all_input_nodes))
+        if target is torch._assert:
+            return Effects(raises=True)
+        if isinstance(target, HigherOrderOperator) and target.name() == "wrap_with_set_grad_enabled":
+            # Its body is a graph of operators; it may return what it was given, and write if they do.
+            body = cast(fx.Node, node.args[1])
+            inner = ir.get_attribute(ir.module_of(node.graph), cast(str, body.target))
+            if all(of(step).pure for step in inner.graph.nodes):
+                return Effects(aliases=tuple(node.all_input_nodes))
+    if node.op == "call_module":
+        module = ir.get_attribute(ir.module_of(node.graph), cast(str, target))
+        if not module.training and type(module).__module__.startswith("torch.nn.") and isinstance(module, PURE_MODULES):
+            return Effects(aliases=tuple(node.all_input_nodes))
+    operands = tuple(node.all_input_nodes)
+    return Effects(writes=operands, aliases=operands, random=True, raises=True, opaque=True)
+
+
+def _is_number(node: fx.Node) -> bool:
+    found = node.meta.get("val")
+    if found is not None:
+        return isinstance(found, (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool))
+    return node.target is aten.sym_size.int or (
+        node.target in ir.SCALAR_FUNCTIONS
+        and node.target is not operator.getitem
+        and all(_is_number(operand) for operand in node.all_input_nodes)
+    )
+
+
+def _of_operator(node: fx.Node, target: OpOverload) -> Effects:
+    given = ir.arguments(node)
+    writes: list[fx.Node] = []
+    viewed: list[fx.Node] = []
+    for parameter in target._schema.arguments:
+        if parameter.alias_info is None:
+            continue
+        operands = _operands(given.get(parameter.name))
+        if parameter.alias_info.is_write:
+            writes += operands
+        viewed += operands
+    if target is aten.batch_norm.default and given["training"]:
+        writes += _operands([given["running_mean"], given["running_var"]])
+    random = torch.Tag.nondeterministic_seeded in target.tags
+    if target in _MAY_RETURN_INPUT:
+        random = bool(given["train"])
+        viewed += _operands(given["input"])
+    elif target is aten.scaled_dot_product_attention.default:
+        random = given["dropout_p"] != 0.0
+    elif not viewed and target not in _FRESH_COMPOSITES and _is_composite(target):
+        # A composite may return its input as it is; its schema does not say so.
+        viewed += node.all_input_nodes
+    raises = "assert" in target._opname or target._opname.startswith("sym_constrain")
+    return Effects(tuple(dict.fromkeys(writes)), tuple(dict.fromkeys(viewed)), random, raises)
+
+
+def _is_composite(target: OpOverload) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd")
+
+
+@dataclass
+class Aliases:
+    """Which values of a graph may share memory, and where the graph writes: one linear scan, valid until an edit.
+
+    Two nodes with one `group` may alias. Order is the position in the graph.
+    """
+
+    group: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    position: dict[fx.Node, int] = field(default_factory=dict)
+    writers: list[fx.Node] = field(default_factory=list)
+    foreign: set[fx.Node] = field(default_factory=set)
+
+    @classmethod
+    def scan(cls, graph: fx.Graph) -> Aliases:
+        """Reads a whole graph."""
+        found = cls()
+        for index, node in enumerate(graph.nodes):
+            found.position[node] = index
+            found.group[node] = node
+            effects = of(node)
+            if effects.writes or effects.opaque:
+                found.writers.append(node)
+            if node.op == "output":
+                continue
+            for operand in effects.aliases:
+                found._join(node, operand)
+            if node.op in ("placeholder", "get_attr") or effects.opaque:
+                found.foreign.add(node)
+        found._join_shared_storages(graph)
+        return found
+
+    def _join_shared_storages(self, graph: fx.Graph) -> None:
+        storages: dict[object, fx.Node] = {}
+        for node in graph.nodes:
+            if node.op == "get_attr":
+                found = ir.tensor(node)
+                if found is not None and found.layout is torch.strided:
+                    place = found.untyped_storage().data_ptr() or ("attribute", node.target)
+                    self._join(node, storages.setdefault(place, node))
+
+    def _join(self, left: fx.Node, right: fx.Node) -> None:
+        left, right = self.root(left), self.root(right)
+        if left is not right:
+            first, second = sorted((left, right), key=self.position.__getitem__)
+            self.group[second] = first
+
+    def root(self, node: fx.Node) -> fx.Node:
+        """The representative of all values that `node` may share memory with."""
+        while self.group[node] is not node:
+            self.group[node] = self.group[self.group[node]]
+            node = self.group[node]
+        return node
+
+    def members(self, node: fx.Node) -> list[fx.Node]:
+        """Every value that `node` may share memory with, itself included, in graph order."""
+        root = self.root(node)
+        return [other for other in self.group if self.root(other) is root]
+
+    def writer_between(self, first: fx.Node, last: fx.Node, values: Iterable[fx.Node]) -> fx.Node | None:
+        """A node strictly between `first` and `last` that may write to one of `values`; None if there is none."""
+        if not self.writers:
+            return None
+        roots = {self.root(node) for node in values if node in self.group}
+        low, high = self.position[first], self.position[last]
+        for writer in self.writers:
+            if low < self.position[writer] < high:
+                effects = of(writer)
+                if effects.opaque or any(self.root(written) in roots for written in effects.writes):
+                    return writer
+        return None
+
+    def written_after(self, node: fx.Node, values: Iterable[fx.Node]) -> fx.Node | None:
+        """A node behind `node` that may write to one of `values`; None if there is none."""
+        roots = {self.root(value) for value in values if value in self.group}
+        for writer in self.writers:
+            if self.position[writer] > self.position[node]:
+                effects = of(writer)
+                if any(self.root(written) in roots for written in effects.writes):
+                    return writer
+        return None

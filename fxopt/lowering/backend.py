@@ -1,0 +1,70 @@
+"""The narrow interface of a backend, and what is common to all: concrete values for one signature."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fxopt import ir
+from fxopt.rewrite import Numerics, Pass
+
+Runner = Callable[..., tuple[Any, ...]]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The state of torch in which a specialisation runs: gradients wanted, autocast dtype by device type, threads."""
+
+    needs_grad: bool = False
+    autocast: tuple[tuple[str, torch.dtype], ...] = ()
+    threads: int = 1
+
+    @classmethod
+    def now(cls, tensors: Sequence[torch.Tensor]) -> Setting:
+        """The state as it is, for a call on these tensors."""
+        active = tuple(
+            (kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)
+        )
+        needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        return cls(needs_grad, active, torch.get_num_threads())
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to run a rewritten graph.
+
+    `declines(module, setting)` says why a specialisation cannot be taken, or None; `passes` lower the graph in place;
+    `build(module, packed)` turns it into a function of the flat tensors. `packed` is a dict that outlives the
+    specialisation: weights in a kernel's own layout are shared through it. `numerics` is what the kernels promise
+    against ATen's.
+    """
+
+    name: str
+    numerics: Numerics
+    declines: Callable[[fx.GraphModule, Setting], str | None]
+    build: Callable[[fx.GraphModule, dict[Any, Any]], Runner]
+    passes: tuple[Pass, ...] = field(default=())
+
+
+def set_concrete_values(module: fx.GraphModule, tensors: Sequence[torch.Tensor]) -> None:
+    """Gives every node the value it has for inputs of exactly these shapes, strides, dtypes and devices."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    module.meta["fake_mode"] = mode
+    rest = iter(tensors)
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            node.meta["val"] = mode.from_tensor(next(rest).detach(), static_shapes=True)
+        elif node.op != "output":
+            ir.update_value(node)
+
+
+def output_strides(module: fx.GraphModule) -> list[tuple[int, ...] | None]:
+    """The strides of each result, as far as values are known."""
+    output = module.graph.output_node()
+    found = [ir.fake(leaf) for leaf in output.args[0]]  # type: ignore[union-attr]
+    return [None if value is None or value.layout is not torch.strided else tuple(value.stride()) for value in found]

@@ -1,0 +1,320 @@
+"""The CPU's quick default within torch: oneDNN's fused kernels on prepacked weights, channels-last inside.
+
+A convolution or linear layer with its residual and activation becomes one oneDNN call. Activations between such calls
+are channels-last; what the model hands out has the strides it always had.
+
+Numerics: reassociates. NaN: oneDNN's fused relu, hardtanh and hardsigmoid turn NaN into a number, where ATen keeps it.
+Finite values and infinities are as in ATen. This is the one place that says so; `tests/test_onednn.py` shows it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxopt import effects, ir, ops
+from fxopt.lowering import executor
+from fxopt.lowering.backend import Backend, Runner, Setting
+from fxopt.pattern import NoMatch
+from fxopt.rewrite import Pass, Rewriter
+
+aten = torch.ops.aten
+mkldnn = torch.ops.mkldnn
+
+#: fxopt's activation -> oneDNN's (attr, scalars, algorithm). What is not here stays an ATen operator behind the call.
+_UNARY: dict[str, tuple[str, str]] = {
+    "none": ("none", ""),
+    "relu": ("relu", ""),
+    "relu6": ("hardtanh", ""),
+    "clamp": ("hardtanh", ""),
+    "hardtanh": ("hardtanh", ""),
+    "leaky_relu": ("leaky_relu", ""),
+    "silu": ("swish", ""),
+    "gelu": ("gelu", "none"),
+    "gelu_tanh": ("gelu", "tanh"),
+    "hardswish": ("hardswish", ""),
+    "hardsigmoid": ("hardsigmoid", ""),
+    "sigmoid": ("sigmoid", ""),
+    "tanh": ("tanh", ""),
+}
+_LINEAR_UNARY = frozenset({"none", "relu", "silu", "gelu", "gelu_tanh", "relu6", "clamp", "hardtanh"})
+
+
+def _scalars(name: str, numbers: list[float]) -> list[float]:
+    return [0.0, 6.0] if name == "relu6" else list(numbers)
+
+
+def available() -> bool:
+    """Whether this torch has oneDNN's fused operators."""
+    return torch.backends.mkldnn.is_available() and hasattr(mkldnn, "_convolution_pointwise")
+
+
+def _declines(module: fx.GraphModule, setting: Setting) -> str | None:
+    if not available() or not torch.backends.mkldnn.enabled:
+        return "this torch is built or set without oneDNN"
+    if setting.needs_grad:
+        return "an input requires grad, and oneDNN's fused kernels have no backward"
+    if setting.autocast:
+        return "autocast is on, and the kernels were probed without it"
+    for node in module.graph.nodes:
+        found = ir.fake(node)
+        if node.op == "placeholder" and found is not None and found.device.type != "cpu":
+            return f"{node.name} is on {found.device}"
+        if effects.of(node).writes:
+            return f"{node.name} writes in place, which strides could redirect"
+    return None
+
+
+def _dense(node: Any) -> bool:
+    found = ir.fake(node)
+    return found is not None and found.dtype == torch.float32 and found.device.type == "cpu"
+
+
+def _dense_layer(given: dict[str, Any]) -> str | None:
+    """None where oneDNN takes the layer's operands; else why not."""
+    if not _dense(given["input"]) or not _dense(given["weight"]):
+        return "oneDNN takes float32 on the CPU here"
+    weight = ir.tensor(given["weight"])
+    if weight is None:
+        return "its weight is computed at run time, and could not be prepacked"
+    if given["bias"] is not None and ir.tensor(given["bias"]) is None:
+        return "its bias is computed at run time"
+    if weight.numel() == 0 or any(size == 0 for size in ir.shape(given["input"]) or ()):
+        return "it is empty"
+    return None
+
+
+# -- convolutions ----------------------------------------------------------------------------------------------------
+
+
+def _convolution_refusal(node: fx.Node, given: dict[str, Any]) -> str | None:
+    refusal = _dense_layer(given)
+    if refusal is not None:
+        return refusal
+    spatial = len(given["stride"])
+    if spatial == 1:
+        return "oneDNN's fused convolutions are 2d and 3d"
+    if ir.rank(given["input"]) != spatial + 2:
+        return "its input is unbatched"
+    return None
+
+
+def _lower_convolutions(rewriter: Rewriter) -> None:
+    for node in list(rewriter.graph.nodes):
+        if node.target is not ops.convolution and node.target not in ops.CONVOLUTION_TARGETS:
+            continue
+        given = ops.convolution_arguments(node)
+        refusal = _convolution_refusal(node, given)
+        if refusal is not None:
+            rewriter.decline(node, refusal, rule="convolution")
+            continue
+        result = rewriter.substitute(
+            node, lambda node=node, given=given: _convolution(rewriter, node, given), rule="convolution"  # type: ignore[misc]
+        )
+        if isinstance(result, NoMatch):
+            rewriter.decline(node, result.reason, rule="convolution")
+
+
+def _channels_last(rewriter: Rewriter, node: fx.Node) -> fx.Node:
+    """The value of `node` in channels-last order: itself where it is so already."""
+    found = ir.fake(node)
+    assert found is not None
+    order = torch.channels_last if found.dim() == 4 else torch.channels_last_3d
+    if found.is_contiguous(memory_format=order):
+        return node
+    for user in node.users:
+        if user.target is aten.contiguous.default and user.kwargs.get("memory_format") == order:
+            return user
+    return rewriter.call(aten.contiguous.default, node, memory_format=order)
+
+
+def _convolution(rewriter: Rewriter, node: fx.Node, given: dict[str, Any]) -> fx.Node:
+    source = _channels_last(rewriter, given["input"])
+    activation, numbers, residual = given["activation"], given["activation_arguments"], given["residual"]
+    geometry = (given["padding"], given["stride"], given["dilation"], given["groups"])
+    weights = (given["weight"], given["bias"])
+    value = _in_channels_last(node)
+    if residual is not None and not given["transposed"]:
+        fused = activation in ("none", "relu")
+        unary = "relu" if activation == "relu" else None
+        sum_of = (source, _channels_last(rewriter, residual))
+        result = rewriter.call_as(
+            value, mkldnn._convolution_pointwise.binary, *sum_of, *weights, *geometry, "add", 1.0, unary, [], None
+        )
+        return result if fused else _activation(rewriter, result, activation, numbers)
+    fused = residual is None and activation in _UNARY
+    name = activation if fused else "none"
+    attr, algorithm = _UNARY[name]
+    epilogue = (attr, _scalars(name, numbers) if fused else [], algorithm)
+    if given["transposed"]:
+        padding, *rest = geometry
+        target = mkldnn._convolution_transpose_pointwise.default
+        result = rewriter.call_as(
+            value, target, source, *weights, padding, given["output_padding"], *rest, *epilogue
+        )
+    else:
+        target = mkldnn._convolution_pointwise.default
+        result = rewriter.call_as(value, target, source, *weights, *geometry, *epilogue)
+    if residual is not None:
+        result = rewriter.call(aten.add.Tensor, result, residual)
+    return result if fused else _activation(rewriter, result, activation, numbers)
+
+
+def _in_channels_last(node: fx.Node) -> torch.Tensor:
+    """What a node gives, as oneDNN gives it with prepacked weights: in channels-last order."""
+    found, mode = ir.fake(node), ir.fake_mode(ir.module_of(node.graph))
+    assert found is not None and mode is not None
+    order = torch.channels_last if found.dim() == 4 else torch.channels_last_3d
+    with mode:
+        return torch.empty(found.shape, dtype=found.dtype, device=found.device).to(memory_format=order)
+
+
+def _activation(rewriter: Rewriter, node: fx.Node, name: str, numbers: list[float]) -> fx.Node:
+    if name == "none":
+        return node
+    target, extra = ops.ACTIVATIONS[name]
+    if name == "gelu_tanh":
+        return rewriter.call(target, node, approximate="tanh")
+    return rewriter.call(target, node, *extra(numbers))
+
+
+# -- linear layers ---------------------------------------------------------------------------------------------------
+
+
+def _lower_linears(rewriter: Rewriter) -> None:
+    for node in list(rewriter.graph.nodes):
+        if node.target not in (ops.linear, aten.linear.default):
+            continue
+        given = ops.linear_arguments(node)
+        refusal = _dense_layer(given)
+        if refusal is None and (ir.rank(given["input"]) or 0) < 2:
+            refusal = "its input is a vector"
+        if refusal is not None:
+            rewriter.decline(node, refusal, rule="linear")
+            continue
+        result = rewriter.substitute(
+            node, lambda node=node, given=given: _linear(rewriter, node, given), rule="linear"  # type: ignore[misc]
+        )
+        if isinstance(result, NoMatch):
+            rewriter.decline(node, result.reason, rule="linear")
+
+
+def _linear(rewriter: Rewriter, node: fx.Node, given: dict[str, Any]) -> fx.Node:
+    source, weights, residual = given["input"], (given["weight"], given["bias"]), given["residual"]
+    activation, numbers = given["activation"], given["activation_arguments"]
+    value = ir.fake(node)
+    assert value is not None
+    if residual is not None:
+        result = rewriter.call_as(value, mkldnn._linear_pointwise.binary, source, residual, *weights, "add")
+        return _activation(rewriter, result, activation, numbers)
+    fused = activation in _LINEAR_UNARY
+    name = activation if fused else "none"
+    attr, algorithm = _UNARY[name]
+    epilogue = (attr, _scalars(name, numbers) if fused else [], algorithm)
+    result = rewriter.call_as(value, mkldnn._linear_pointwise.default, source, *weights, *epilogue)
+    return result if fused else _activation(rewriter, result, activation, numbers)
+
+
+# -- layout ----------------------------------------------------------------------------------------------------------
+
+#: Beside opaque nodes, operators whose meaning depends on the strides of what they read.
+_STRIDED = (aten.as_strided.default, aten.view_as_complex.default, aten.view_as_real.default, aten.view.dtype)
+
+
+def _restore_strides(rewriter: Rewriter) -> None:
+    """What the model hands out, and what opaque or stride-reading nodes take, has the strides it has without lowering.
+
+    `meta["strides"]` holds those, set before the passes.
+    """
+    for node in list(rewriter.graph.nodes):
+        opaque = effects.of(node).opaque or node.op == "call_module" or node.target in _STRIDED
+        if node.op != "output" and not opaque:
+            continue
+        wanted = node.meta.get("operand_strides", ())
+        for position, operand in enumerate(node.all_input_nodes):
+            found = ir.fake(operand)
+            if found is None or position >= len(wanted) or wanted[position] is None:
+                continue
+            if tuple(found.stride()) == wanted[position] or not _needs_copy(found, wanted[position]):
+                continue
+            _restride(rewriter, node, operand, wanted[position])
+
+
+def _needs_copy(found: torch.Tensor, wanted: tuple[int, ...]) -> bool:
+    return any(
+        have != want for have, want, size in zip(found.stride(), wanted, found.shape, strict=True) if size != 1
+    )
+
+
+def _restride(rewriter: Rewriter, reader: fx.Node, operand: fx.Node, strides: tuple[int, ...]) -> None:
+    order = sorted(range(len(strides)), key=lambda dim: (strides[dim], -dim), reverse=True)
+    back = [order.index(dim) for dim in range(len(order))]
+
+    def build() -> fx.Node:
+        if order == sorted(order):
+            return rewriter.call(aten.clone.default, operand, memory_format=torch.contiguous_format)
+        permuted = rewriter.call(aten.permute.default, operand, order)
+        dense = rewriter.call(aten.clone.default, permuted, memory_format=torch.contiguous_format)
+        return rewriter.call(aten.permute.default, dense, back)
+
+    rewriter.insert_between(operand, reader, build, rule="restore-strides")
+
+
+PASSES = (
+    Pass("onednn-convolution", run=_lower_convolutions, layout=True, doc="convolutions as fused oneDNN calls"),
+    Pass("onednn-linear", run=_lower_linears, layout=True, doc="linear layers as fused oneDNN calls"),
+    Pass("onednn-strides", run=_restore_strides, layout=True, numerics="bitwise", doc="results in their own strides"),
+)
+
+
+# -- building --------------------------------------------------------------------------------------------------------
+
+
+def _build(module: fx.GraphModule, packed: dict[Any, Any]) -> Runner:
+    ops.decompose_all(module)
+
+    def pack(reader: fx.Node, attribute: fx.Node, weight: torch.Tensor) -> Any:
+        if getattr(reader.target, "namespace", "") != "mkldnn":
+            return None
+        given = ir.arguments(reader)
+        if given.get("W") is not attribute:
+            return None
+        key, reorder = _packing(reader, given, weight)
+        held = packed.get(key)
+        if held is None or held[0] is not weight:
+            # The plain weight is kept beside the packed one, so that its identity cannot be taken by another.
+            packed[key] = held = (weight, reorder())
+        return held[1]
+
+    run = executor.build(module, pack)
+
+    def call(*tensors: torch.Tensor) -> tuple[Any, ...]:
+        with torch.no_grad():
+            return run(*tensors)
+
+    return call
+
+
+def _packing(reader: fx.Node, given: dict[str, Any], weight: torch.Tensor) -> tuple[Any, Any]:
+    shape = [int(size) for size in ir.shape(given["X"]) or ()]
+    if reader.target in (mkldnn._linear_pointwise.default, mkldnn._linear_pointwise.binary):
+        rows = math.prod(shape[:-1])
+        return ("linear", ir.identity(weight)), lambda: mkldnn._reorder_linear_weight(weight, rows)
+    geometry = [list(given[key]) for key in ("padding", "stride", "dilation")]
+    groups = given["groups"]
+    key = (ir.identity(weight), *map(tuple, geometry), groups)
+    padding, stride, dilation = geometry
+    if reader.target is mkldnn._convolution_transpose_pointwise.default:
+        extra = list(given["output_padding"])
+        return ("transposed", *key, tuple(extra)), lambda: mkldnn._reorder_convolution_transpose_weight(
+            weight, padding, extra, stride, dilation, groups, shape
+        )
+    return ("convolution", *key), lambda: mkldnn._reorder_convolution_weight(
+        weight, padding, stride, dilation, groups, shape
+    )
+
+
+BACKEND = Backend("onednn", numerics="reassociate", declines=_declines, build=_build, passes=PASSES)

@@ -1,0 +1,264 @@
+"""One spelling for each operation: a captured graph of ATen operators becomes the normal form of `docs/ir.md`.
+
+In-place operations on fresh values become their pure twins, `view` becomes `reshape`, two names of one tensor become one,
+numbers that are known become literals. What cannot be proved stays as it was captured.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+
+from fxopt import effects, ir
+from fxopt.edit import Editor
+from fxopt.errors import InputError
+
+aten = torch.ops.aten
+
+
+def normalize(module: fx.GraphModule) -> None:
+    """Brings a captured module into the normal form; idempotent."""
+    editor = Editor(module)
+    for node in module.graph.nodes:
+        _respell(node)
+    _unify_tensors(editor)
+    propagate_sizes(module)
+    functionalize(module)
+    for node in list(module.graph.nodes):
+        if isinstance(node.target, OpOverload) and node.op == "call_function":
+            args, kwargs = ir.canonical_arguments(node.target, node.args, dict(node.kwargs))
+            if args != node.args or kwargs != node.kwargs:
+                editor.update(node, args, kwargs)
+        _string_padding(editor, node)
+    _native_batch_norms(editor)
+    # `_assert_tensor_metadata` repeats what a signature already fixes: dtype, device, layout.
+    for node in list(module.graph.nodes):
+        if node.target is aten._assert_tensor_metadata.default:
+            editor.erase(node)
+
+
+def _respell(node: fx.Node) -> None:
+    """Operators that have a second name in the normal form."""
+    if node.target in (aten.view.default, aten._unsafe_view.default):
+        node.target = aten.reshape.default
+    elif node.target in (aten.lift_fresh_copy.default, aten.lift_fresh.default):
+        node.target = aten.clone.default
+
+
+def _unify_tensors(editor: Editor) -> None:
+    """Lets every reader of one tensor read it under its first name."""
+    first: dict[tuple[object, ...], fx.Node] = {}
+    for node in list(editor.graph.nodes):
+        found = ir.tensor(node)
+        if found is None:
+            continue
+        kept = first.setdefault(ir.identity(found), node)
+        if kept is not node:
+            editor.replace_uses(node, kept)
+            editor.erase(node)
+
+
+# -- in-place operations ---------------------------------------------------------------------------------------------
+
+
+def twin(target: Any) -> OpOverload | None:
+    """The pure operator that computes what an in-place one writes: `add_.Tensor` -> `add.Tensor`."""
+    if not isinstance(target, OpOverload) or not target._opname.endswith("_") or target._opname.endswith("__"):
+        return None
+    packet = getattr(getattr(torch.ops, target.namespace), target._opname[:-1], None)
+    found = getattr(packet, target._overloadname, None)
+    return found if isinstance(found, OpOverload) and not found._schema.is_mutable else None
+
+
+def functionalize(module: fx.GraphModule) -> None:
+    """Turns each in-place operation on a fresh value into its pure twin, where nobody could tell the difference.
+
+    Legal when the value written was computed by the graph (it is no input, no parameter, no result of an opaque node),
+    no other alias of it is read afterwards, and the twin gives the same shape, dtype and strides. Later readers of
+    the written value itself read the twin instead.
+    """
+    aliases = effects.Aliases.scan(module.graph)
+    groups: dict[fx.Node, list[fx.Node]] = {}
+    for node in aliases.position:
+        groups.setdefault(aliases.root(node), []).append(node)
+    editor = Editor(module)
+    for writer in aliases.writers:
+        pure = twin(writer.target)
+        written = effects.of(writer).writes
+        if pure is None or len(written) != 1 or writer.args[:1] != written:
+            continue
+        value = written[0]
+        group = groups[aliases.root(value)]
+        if any(member in aliases.foreign for member in group):
+            continue
+        later = _readers_after(writer, group, aliases)
+        if any(member is not value for member in later):
+            continue
+        if not _twin_gives_the_same(writer, pure, value):
+            continue
+        for reader in later.get(value, ()):
+            editor.replace_uses(value, writer, [reader])
+        writer.target = pure
+        ir.update_value(writer) if ir.value(writer) is not None else None
+
+
+def _readers_after(writer: fx.Node, group: list[fx.Node], aliases: effects.Aliases) -> dict[fx.Node, list[fx.Node]]:
+    """Which members of an alias group, other than those derived from the writer, are read behind it, and by whom."""
+    derived = {writer}
+    found: dict[fx.Node, list[fx.Node]] = {}
+    place = aliases.position[writer]
+    for member in group:
+        if member in derived:
+            continue
+        if aliases.position[member] > place and any(operand in derived for operand in effects.of(member).aliases):
+            derived.add(member)
+            continue
+        readers = [user for user in member.users if aliases.position[user] > place]
+        if readers:
+            found[member] = readers
+    return found
+
+
+#: In-place operators that keep their input's shape and dtype whatever these are.
+_UNARY_TWINS = frozenset(
+    {"relu_", "relu6_", "silu_", "sigmoid_", "tanh_", "hardtanh_", "hardswish_", "hardsigmoid_", "leaky_relu_"}
+    | {"elu_", "selu_", "celu_", "mish_", "gelu_", "clamp_", "dropout_", "feature_dropout_", "alpha_dropout_"}
+)
+
+
+def _twin_gives_the_same(writer: fx.Node, pure: OpOverload, value: fx.Node) -> bool:
+    """An in-place operation keeps dtype and shape of what it writes; the twin promotes and broadcasts."""
+    if writer.target._opname in _UNARY_TWINS:  # type: ignore[union-attr]
+        return True
+    before = ir.fake(value)
+    if before is None:
+        return False
+    original = writer.target
+    writer.target = pure
+    try:
+        after = ir.infer(writer)
+    except (RuntimeError, TypeError):
+        after = None
+    finally:
+        writer.target = original
+    return (
+        isinstance(after, torch.Tensor)
+        and after.dtype == before.dtype
+        and ir.same_sizes(after.shape, before.shape)
+        and ir.same_sizes(after.stride(), before.stride())
+    )
+
+
+# -- sizes -----------------------------------------------------------------------------------------------------------
+
+
+def propagate_sizes(module: fx.GraphModule) -> None:
+    """Replaces what is known to be a plain number (a size, arithmetic on sizes, a rank, a dtype) by the literal.
+
+    Raises InputError where an assertion of the model is known to fail.
+    """
+    editor = Editor(module)
+    for node in list(module.graph.nodes):
+        if node.op not in ("call_function", "call_method") or node._erased:
+            continue
+        if node.target is torch._assert:
+            _settle_assertion(editor, node)
+            continue
+        if isinstance(node.target, OpOverload) and node.target is not aten.sym_size.int:
+            continue
+        found = ir.value(node)
+        if node.target is operator.getitem and found is not None:
+            _size_of_shape(editor, node)
+            found = ir.value(node)
+        plain = type(found) in (int, float, bool) or isinstance(found, (torch.dtype, torch.device))
+        if plain or (type(found) is torch.Size and all(type(size) is int for size in found)):
+            literal = list(found) if isinstance(found, torch.Size) else found
+            for user in list(node.users):
+                args, kwargs = fx.map_arg(
+                    (user.args, user.kwargs), lambda n, node=node, literal=literal: literal if n is node else n
+                )
+                editor.update(user, args, kwargs)
+        if not node.users and effects.of(node).pure:
+            editor.erase(node)
+    for node in reversed(list(module.graph.nodes)):
+        scalar = node.target in ir.SCALAR_FUNCTIONS or node.target in (getattr, aten.sym_size.int)
+        if scalar and not node.users and effects.of(node).pure:
+            editor.erase(node)
+
+
+def _size_of_shape(editor: Editor, node: fx.Node) -> None:
+    """`x.shape[i]` is `sym_size(x, i)`."""
+    source, index = node.args
+    if isinstance(source, fx.Node) and source.target is getattr and source.args[1:] == ("shape",):
+        size = editor.insert(
+            "call_function", aten.sym_size.int, (source.args[0], index), before=node, origin=ir.origins(node)
+        )
+        editor.replace_uses(node, size)
+
+
+def _settle_assertion(editor: Editor, node: fx.Node) -> None:
+    condition = ir.value(node.args[0])
+    if condition is True:
+        editor.erase(node)
+    elif condition is False:
+        message = node.args[1] if len(node.args) > 1 else node.kwargs.get("message", "")
+        raise InputError(f"the model's own check fails on these inputs: {message}", node=node)
+
+
+# -- other forms -----------------------------------------------------------------------------------------------------
+
+
+def _string_padding(editor: Editor, node: fx.Node) -> None:
+    """`padding="same"` and `"valid"` as numbers, where both sides get the same."""
+    numeric = {
+        aten.conv1d.padding: aten.conv1d.default,
+        aten.conv2d.padding: aten.conv2d.default,
+        aten.conv3d.padding: aten.conv3d.default,
+    }.get(node.target)  # type: ignore[call-overload]
+    if numeric is None:
+        return
+    given = ir.arguments(node)
+    weight = ir.tensor(given["weight"])
+    if weight is None:
+        return
+    kernel = weight.shape[2:]
+    dilation = list(given["dilation"])
+    dilation = dilation * len(kernel) if len(dilation) == 1 else dilation
+    reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    if given["padding"] == "same" and any(total % 2 for total in reach):
+        return
+    padding = [total // 2 if given["padding"] == "same" else 0 for total in reach]
+    given["padding"] = padding
+    node.target = numeric
+    args, kwargs = ir.canonical_arguments(numeric, (), given)
+    editor.update(node, args, kwargs)
+
+
+def _native_batch_norms(editor: Editor) -> None:
+    """Export's lower forms of an inference batch norm, of whose results only the first is read."""
+    forms = (aten._native_batch_norm_legit_no_training.default, aten.native_batch_norm.default)
+    for node in list(editor.graph.nodes):
+        if node.target not in forms:
+            continue
+        given = ir.arguments(node)
+        readers = list(node.users)
+        if given.get("training") or any(r.target is not operator.getitem or r.args[1] != 0 for r in readers):
+            continue
+        if given["running_mean"] is None or given["running_var"] is None:
+            continue
+        args = (given["input"], given["weight"], given["bias"], given["running_mean"], given["running_var"], False)
+        norm = editor.insert(
+            "call_function",
+            aten.batch_norm.default,
+            (*args, given["momentum"], given["eps"], torch.backends.cudnn.enabled),
+            before=node,
+            origin=ir.origins(node),
+        )
+        for reader in readers:
+            editor.replace_uses(reader, norm)
+            editor.erase(reader)
+        editor.erase(node)

@@ -1,0 +1,209 @@
+"""A program: one capture, rewritten once, and lowered for each input signature that it fits."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxopt import check, ir, normalize, plugins
+from fxopt.capture import Captured, Inputs
+from fxopt.errors import FxoptError, InputError
+from fxopt.guards import Guards
+from fxopt.lowering.backend import Backend, Runner, Setting, set_concrete_values
+from fxopt.pipeline import Judge, PassManager, PassResult, Progress
+from fxopt.report import Report, compute_nodes
+from fxopt.rewrite import Journal, Numerics, Pass
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the caller of `fxopt.compile` chose."""
+
+    passes: tuple[Pass, ...]
+    backend: str = "auto"
+    numerics: Numerics = "reassociate"
+    verify: bool | str = True
+    dynamic_shapes: str | None = "batch"
+    strict: bool = False
+    progress: Progress | None = None
+
+
+@dataclass
+class Program:
+    """A capture and its rewritten twin.
+
+    `captured.module` is never changed after capture; `module` is the rewritten graph, valid for every input that
+    `guards` admit. A symbolic capture has no values yet: it is rewritten again, for concrete shapes, per signature.
+    """
+
+    captured: Captured
+    guards: Guards
+    module: fx.GraphModule
+    report: Report
+    proven: set[Any] = field(default_factory=set)
+
+    @property
+    def symbolic(self) -> bool:
+        """Whether shapes wait for each signature."""
+        return self.captured.front_end == "symbolic"
+
+
+def make_program(
+    captured: Captured, model: str, options: Options, seconds: dict[str, float], judge: Judge | None = None
+) -> Program:
+    """Rewrites a copy of a captured module by the options' passes."""
+    module, _ = ir.copy(captured.module)
+    start = time.perf_counter()
+    run = PassManager(
+        options.passes,
+        numerics=options.numerics,
+        strict=options.strict,
+        judge=judge,
+        each=judge is not None and options.verify == "each",
+        progress=options.progress,
+    ).run(module)
+    prune_attributes(module)
+    seconds = {**seconds, "rewrite": time.perf_counter() - start}
+    report = Report(
+        model,
+        captured.front_end,
+        options.backend,
+        compute_nodes(captured.module),
+        compute_nodes(module),
+        run.results,
+        run.journal,
+        notices=list(captured.notices) + [str(error) for error in plugins.broken().values()],
+        seconds=seconds,
+    )
+    return Program(captured, Guards.of(captured), module, report)
+
+
+def prune_attributes(module: fx.GraphModule) -> None:
+    """Drops the tensors that no node reads any more."""
+    used = {str(node.target) for node in module.graph.nodes if node.op in ("get_attr", "call_module")}
+    held = [name for name, _ in (*module.named_parameters(remove_duplicate=False), *module.named_buffers())]
+    for name in held:
+        if name not in used and not any(name.startswith(path + ".") for path in used):
+            ir.delete_attribute(module, name)
+
+
+# -- one signature ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Specialisation:
+    """A program lowered for one signature: what to call, and the record of the lowering."""
+
+    program: Program
+    run: Runner
+    backend: str
+    module: fx.GraphModule
+    lowering: list[PassResult]
+
+
+def concrete_module(program: Program, inputs: Inputs, options: Options) -> tuple[fx.GraphModule, Report]:
+    """The rewritten graph with the values it has on inputs of exactly these shapes.
+
+    A symbolic program is rewritten again, now that shapes are known. Raises InputError where the model's own checks
+    refuse the inputs.
+    """
+    if program.symbolic:
+        _check_ranks(program.captured.module, inputs)
+    module, _ = ir.copy(program.module)
+    set_concrete_values(module, inputs.tensors)
+    normalize.normalize(module)
+    if not program.symbolic:
+        return module, program.report
+    run = PassManager(options.passes, numerics=options.numerics, strict=options.strict).run(module)
+    prune_attributes(module)
+    return module, _joined(program.report, run.results, run.journal, compute_nodes(module))
+
+
+def _check_ranks(module: fx.GraphModule, inputs: Inputs) -> None:
+    """What a module's own check said of its input's rank while tracing must hold for these inputs."""
+    concrete, _ = ir.copy(module)
+    try:
+        set_concrete_values(concrete, inputs.tensors)
+    except FxoptError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"the model does not take these inputs: {str(error).splitlines()[0]}", hint=describe(inputs)
+        ) from error
+    for node in concrete.graph.nodes:
+        proved, found = node.meta.get("rank"), ir.fake(node)
+        if proved is not None and found is not None and found.dim() != proved:
+            raise InputError(
+                f"expected a value of {proved} dimensions here, got {found.dim()} ({ir.describe_value(found)})",
+                node=node,
+                hint=f"the call was given {describe(inputs)}",
+            )
+
+
+def describe(inputs: Inputs) -> str:
+    """The inputs of a call in words."""
+    return ", ".join(
+        f"{name}: {ir.describe_value(leaf) if isinstance(leaf, torch.Tensor) else repr(leaf)}"
+        for name, leaf in zip(inputs.names, inputs.leaves, strict=True)
+    )
+
+
+def _joined(report: Report, results: list[PassResult], journal: Journal, after: int) -> Report:
+    """The report of the first run and of the run with shapes as one: per pass the sum, of declines the last word."""
+    from dataclasses import replace
+
+    merged = []
+    for first, second in zip(report.passes, results, strict=True):
+        merged.append(
+            replace(
+                second,
+                rewrites=first.rewrites + second.rewrites,
+                nodes_before=first.nodes_before,
+                seconds=first.seconds + second.seconds,
+            )
+        )
+    rewrites = [*report.journal.rewrites, *journal.rewrites]
+    gone = {name for rewrite in rewrites for name in rewrite.removed}
+    declines = {key: d for key, d in report.journal.declines.items() if not d.pending and d.node not in gone}
+    both = Journal(rewrites, {**declines, **journal.declines})
+    return replace(report, passes=merged, journal=both, after=after)
+
+
+def lower(
+    program: Program, module: fx.GraphModule, backend: Backend, packed: dict[Any, Any], options: Options
+) -> Specialisation:
+    """Lowers a concrete module (in place) by a backend's passes and builds what to call."""
+    for node in module.graph.nodes:
+        values = [ir.fake(operand) for operand in node.all_input_nodes]
+        node.meta["operand_strides"] = tuple(None if v is None else tuple(v.stride()) for v in values)
+    results: list[PassResult] = []
+    if backend.passes:
+        run = PassManager(backend.passes, numerics="approximate", strict=options.strict).run(module)
+        results = run.results
+        failed = next((result for result in results if result.status != "done"), None)
+        if failed is not None:
+            raise FxoptError(f"lowering by {backend.name} failed in {failed.name}: {failed.reason}")
+    check.check(module, after=f"lowering by {backend.name}")
+    return Specialisation(program, backend.build(module, packed), backend.name, module, results)
+
+
+def choose_backend(name: str, numerics: str, module: fx.GraphModule, setting: Setting) -> tuple[Backend, list[str]]:
+    """The backend for one specialisation, and why a better or asked-for one was passed over."""
+    portable: Backend = plugins.backend("aten")
+    wanted = ["onednn"] if name == "auto" else [name]
+    notices = []
+    for candidate in wanted:
+        backend: Backend = plugins.backend(candidate)
+        if numerics == "bitwise" and backend.numerics != "bitwise":
+            notices.append(f"backend {candidate} passed over: it does not promise the same bits")
+            continue
+        refusal = backend.declines(module, setting)
+        if refusal is None:
+            return backend, notices
+        notices.append(f"backend {candidate} passed over: {refusal}")
+    return portable, notices
+

@@ -1,0 +1,249 @@
+"""The compiled module: an nn.Module for inference with one specialisation per input signature.
+
+A signature is the arguments' structure and constants, each tensor's sizes, strides, dtype, device and whether it
+requires grad, and torch's state (gradients, inference mode, autocast, threads). Specialisations are kept in a bounded
+cache; making one is serialised by a lock, running them is not.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from fxopt import ir, ops, session
+from fxopt.capture import Inputs
+from fxopt.errors import StaleWeightsError, UsageError
+from fxopt.program import Specialisation
+from fxopt.report import Explanation, Report, explain
+
+#: How many signatures, and how many captures, a module remembers.
+MOST_SPECIALISATIONS = 32
+MOST_PROGRAMS = 8
+
+
+class CompiledModule(torch.nn.Module):
+    """What `fxopt.compile` returns: the same function as the original in eval mode, faster.
+
+    Its parameters are frozen: a result requires grad only where an input does. It shares with the caller's model the
+    tensors that it did not change; after a write to one of those a call raises StaleWeightsError.
+    """
+
+    def __init__(self, work: session.Session) -> None:
+        super().__init__()
+        self.training = False
+        object.__setattr__(self, "_session", work)
+        object.__setattr__(self, "_lock", threading.RLock())
+        object.__setattr__(self, "_ready", OrderedDict())
+        object.__setattr__(self, "_versions", ())
+        self._remember()
+
+    # -- calling -----------------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the specialisation for these arguments, making it first where there is none.
+
+        Raises InputError where the model does not take them, StaleWeightsError where a shared weight was written.
+        """
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        key = _signature(leaves, spec)
+        ready = self._ready.get(key)
+        if ready is None:
+            ready = self._specialise(args, kwargs, key)
+        for tensor, version in self._versions:
+            if tensor._version != version:
+                self._raise_stale()
+        results = ready.run(*[leaf for leaf in leaves if isinstance(leaf, torch.Tensor)])
+        return pytree.tree_unflatten(results, ir.interface(ready.program.captured.module).out_spec)
+
+    def _specialise(self, args: tuple[Any, ...], kwargs: dict[str, Any], key: Any) -> Specialisation:
+        with self._lock:
+            if key in self._ready:
+                return cast(Specialisation, self._ready[key])
+            self._check_versions()
+            made = self._session.specialise(Inputs.flatten(args, kwargs))
+            self._ready[key] = made
+            while len(self._ready) > MOST_SPECIALISATIONS:
+                self._ready.popitem(last=False)
+            self._remember()
+            return made
+
+    def _remember(self) -> None:
+        object.__setattr__(self, "_versions", self._session.shared_versions())
+
+    def _check_versions(self) -> None:
+        if any(tensor._version != version for tensor, version in self._versions):
+            self._raise_stale()
+
+    def _raise_stale(self) -> None:
+        names = [
+            name
+            for name, tensor in self._session.shared_tensors().items()
+            if any(tensor is held and tensor._version != version for held, version in self._versions)
+        ]
+        raise StaleWeightsError(
+            f"the original model's {', '.join(names[:3]) or 'weights'} changed after it was compiled",
+            hint="a compiled module is a snapshot that shares unchanged tensors with the model: call fxopt.compile again",
+        )
+
+    # -- looking -----------------------------------------------------------------------------------------------------
+
+    @property
+    def report(self) -> Report:
+        """What the compilation did; print it, or `to_dict()`."""
+        return self._session.report
+
+    def explain(self, subject: str) -> Explanation:
+        """What happened to a layer (a module path) or node, or why nothing did.
+
+        Raises UsageError where nothing has that name.
+        """
+        return explain(subject, self._session.before, self._session.after, self._session.report.journal)
+
+    def diff(self, pass_name: str | None = None) -> Any:
+        """The graph before and after, to save as a picture: of all passes, or of one."""
+        from fxopt import diff
+
+        return diff.of_compiled(self, pass_name)
+
+    @property
+    def captured_graph(self) -> fx.GraphModule:
+        """The graph as it was captured, in the normal form, before any rewrite."""
+        return _presentable(self._session.before)
+
+    @property
+    def fused_graph(self) -> fx.GraphModule:
+        """The rewritten graph, fused operations as single nodes."""
+        return _presentable(self._session.after)
+
+    @property
+    def graph_module(self) -> fx.GraphModule:
+        """The rewritten graph in plain ATen, exportable anywhere."""
+        module, _ = ir.copy(self._session.after)
+        ops.decompose_all(module)
+        return _presentable(module)
+
+    def __repr__(self) -> str:
+        report = self._session.report
+        return (
+            f"CompiledModule({report.model}: {report.before} -> {report.after} nodes, "
+            f"{len(report.rewrites)} rewrites, backend {report.backend})"
+        )
+
+    # -- being an nn.Module ------------------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> CompiledModule:
+        """Refuses training mode (UsageError): batch norms are folded away."""
+        if mode:
+            raise UsageError(
+                "a compiled module is for inference: its norms are folded and its parameters frozen",
+                hint="train the original model, then compile it again",
+            )
+        return self
+
+    def named_modules(
+        self, memo: set[torch.nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, torch.nn.Module]]:
+        """This module, then the containers that hold the compiled graph's tensors under the model's names."""
+        memo = set() if memo is None else memo
+        yield prefix, self
+        for name, module in self._session.after.named_modules(memo, "", remove_duplicate):
+            if name:
+                yield f"{prefix}.{name}" if prefix else name, module
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """The frozen parameters of the compiled graph, folded ones among them, under the model's names."""
+        yield from self._session.after.named_parameters(prefix, recurse, remove_duplicate)
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """The buffers of the compiled graph under the model's names."""
+        yield from self._session.after.named_buffers(prefix, recurse, remove_duplicate)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The tensors of the compiled graph under the model's names; folded ones end in `_folded`."""
+        return cast("dict[str, Any]", self._session.after.state_dict(*args, **kwargs))
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused (UsageError): a compiled module is a snapshot."""
+        raise UsageError(
+            "a compiled module does not load weights: its own are folded",
+            hint="load them into the original model, then compile it again",
+        )
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> CompiledModule:
+        """`.to()`, `.half()`, `.cuda()`: the original is converted, and compiled again at the next call."""
+        with self._lock:
+            if self._session.converts(fn):
+                self._session.convert(fn)
+                self._ready.clear()
+                self._remember()
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModule:
+        with self._lock:
+            twin = CompiledModule(self._session.clone(memo))
+        memo[id(self)] = twin
+        return twin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        with self._lock:
+            return (_restore, (self._session.state(),))
+
+
+def _restore(state: dict[str, Any]) -> CompiledModule:
+    return CompiledModule(session.Session.from_state(state))
+
+
+def _signature(leaves: list[Any], spec: pytree.TreeSpec) -> Any:
+    parts = [
+        (leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad)
+        if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided
+        else _constant(leaf)
+        for leaf in leaves
+    ]
+    return (
+        tuple(parts),
+        spec,
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"),
+        torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda"),
+        torch.get_num_threads(),
+    )
+
+
+def _constant(leaf: Any) -> Any:
+    try:
+        hash(leaf)
+    except TypeError:
+        return (type(leaf), id(leaf))
+    return (type(leaf), leaf)
+
+
+def _presentable(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy with the user's own signature, and code to run."""
+    twin, _ = ir.copy(module)
+    interface = ir.interface(module)
+    graph = twin.graph
+    placeholders = graph.find_nodes(op="placeholder")
+    args_spec, kwargs_spec = interface.in_spec.children()
+    if not interface.constants and all(child.is_leaf() for child in (*args_spec.children(), *kwargs_spec.children())):
+        # Plain arguments: the module takes and gives them as the model does.
+        names = [node.name for node in placeholders]
+        graph.set_codegen(
+            fx.graph._PyTreeCodeGen(
+                fx.graph._PyTreeInfo(names, interface.in_spec, interface.out_spec)
+            )
+        )
+    twin.recompile()
+    return twin
+

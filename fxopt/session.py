@@ -1,0 +1,420 @@
+"""One compiled model's captures: choosing, making and proving the program for a call.
+
+A call that no program's guards admit gets a capture of its own, from a private original, and is compared with it. A
+call that they admit, but in a state never seen (a batch of 0 or 1, a stride order, autocast, gradients), is first run
+on both sides with every operator logged; where they differ it, too, gets a capture of its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from fxopt import agreement, ir, plugins
+from fxopt.capture import Captured, Inputs, capture_export, capture_symbolic
+from fxopt.capture.program import register_dataclasses
+from fxopt.compare import Verdict, compare
+from fxopt.errors import CaptureError, FxoptError, InputError, VerificationError
+from fxopt.lowering.backend import Setting, set_concrete_values
+from fxopt.program import (
+    Options,
+    Program,
+    Specialisation,
+    choose_backend,
+    concrete_module,
+    describe,
+    lower,
+    make_program,
+)
+from fxopt.report import Report
+
+
+@dataclass
+class Session:
+    """The private original, the options, and the programs made so far; `first` is the one that the report is about."""
+
+    original: torch.nn.Module
+    name: str
+    options: Options
+    programs: list[Program] = field(default_factory=list)
+    before: fx.GraphModule = None  # type: ignore[assignment]
+    after: fx.GraphModule = None  # type: ignore[assignment]
+    report: Report = None  # type: ignore[assignment]
+    packed: dict[Any, Any] = field(default_factory=dict)
+    converted: bool = False
+
+    # -- making programs ---------------------------------------------------------------------------------------------
+
+    def start_symbolic(self) -> None:
+        """Captures without inputs. Raises CaptureError where the model cannot be traced."""
+        start = time.perf_counter()
+        captured = capture_symbolic(self.original)
+        self._adopt(captured, {"capture": time.perf_counter() - start}, None)
+
+    def start_empty(self, notices: list[str]) -> None:
+        """Waits for the first call, which brings inputs to capture with."""
+        graph = fx.Graph()
+        graph.output(())
+        leaf = pytree.tree_flatten(((), {}))[1]
+        empty = ir.new_module(graph, ir.Interface(leaf, leaf, ()))
+        from fxopt.rewrite import Journal
+
+        self.before = self.after = empty
+        self.report = Report(self.name, "nothing yet", self.options.backend, 0, 0, [], Journal(), notices)
+        self.report.verification = "the model is captured at its first call"
+
+    def _adopt(self, captured: Captured, seconds: dict[str, float], inputs: Inputs | None) -> Program:
+        self._privatise(captured)
+        judge = None
+        if inputs is not None and self.options.verify == "each" and captured.front_end == "export":
+            expected = self._run_original(inputs)
+
+            def judge(module: fx.GraphModule) -> Verdict:
+                twin, _ = ir.copy(module)
+                run = plugins.backend("aten").build(twin, {})
+                return self._compare(expected, _seeded(run, inputs), inputs)
+
+        program = make_program(captured, self.name, self.options, seconds, judge)
+        kept_notices = self.report.notices if self.report is not None else []
+        if not self.programs:
+            program.report.notices[:0] = kept_notices
+            self.before, self.after, self.report = captured.module, program.module, program.report
+            self.report.verification = "shapes are not known yet; the first call is compared"
+        self.programs.append(program)
+        del self.programs[1:-7]
+        return program
+
+    def _privatise(self, captured: Captured) -> None:
+        """Tensors that the program writes (counters, caches) become its own, so that the caller's stay as they are."""
+        for path in captured.written_attributes():
+            held = ir.get_attribute(captured.module, path)
+            ir.delete_attribute(captured.module, path)
+            ir.set_attribute(captured.module, path, held.detach().clone())
+            if ir.has_attribute(self.original, path):
+                owner_path, _, leaf = path.rpartition(".")
+                owner = self.original.get_submodule(owner_path)
+                own = getattr(owner, leaf)
+                setattr(owner, leaf, own.detach().clone() if not isinstance(own, torch.nn.Parameter) else own)
+
+    def _capture(self, inputs: Inputs, dynamic_shapes: str | None) -> Program:
+        start = time.perf_counter()
+        try:
+            captured = capture_export(self.original, inputs, dynamic_shapes)
+        except CaptureError as error:
+            # Inputs that the original itself refuses are the caller's mistake, not a capture that failed.
+            self._run_original(inputs, because=error)
+            raise
+        return self._adopt(captured, {"capture": time.perf_counter() - start}, inputs)
+
+    # -- one call ----------------------------------------------------------------------------------------------------
+
+    def specialise(self, inputs: Inputs) -> Specialisation:
+        """The program for a call, lowered for it; verified on it where it is the program's first.
+
+        Raises InputError, CaptureError or VerificationError.
+        """
+        setting = Setting.now(inputs.tensors)
+        program = self._program_for(inputs, setting)
+        first, state = not program.proven, _state(program, inputs, setting)
+        fresh = state not in program.proven
+        module, report = concrete_module(program, inputs, self.options)
+        main = program is self.programs[0]
+        if main and program.symbolic and first:
+            self.after, _ = ir.copy(module)
+            self.report = report
+        backend, notices = choose_backend(self.options.backend, self.options.numerics, module, setting)
+        start = time.perf_counter()
+        plain, _ = ir.copy(module)
+        try:
+            made = lower(program, module, backend, self.packed, self.options)
+        except FxoptError as error:
+            if self.options.strict:
+                raise
+            notices.append(f"backend {backend.name} failed, aten runs instead: {error}")
+            made = self._portable(program, plain)
+        seconds = time.perf_counter() - start
+        if main and first:
+            self.report.backend = made.backend
+            self.report.lowering = made.lowering
+            self.report.seconds["lower"] = seconds
+            self.report.notices += [notice for notice in notices if notice not in self.report.notices]
+        if fresh and self.options.verify:
+            made = self._verified(program, made, plain, inputs)
+        program.proven.add(state)
+        return made
+
+    def _portable(self, program: Program, module: fx.GraphModule) -> Specialisation:
+        twin, _ = ir.copy(module)
+        return lower(program, twin, plugins.backend("aten"), self.packed, self.options)
+
+    def _program_for(self, inputs: Inputs, setting: Setting) -> Program:
+        refusals = []
+        for program in self.programs:
+            refusal = program.guards.refusal(inputs)
+            if refusal is not None:
+                refusals.append(refusal)
+                continue
+            if _state(program, inputs, setting) in program.proven:
+                return program
+            difference = self._disagreement(program, inputs)
+            if difference is None:
+                return program
+            refusals.append(f"the model takes another branch here: {difference}")
+        dynamic = self.options.dynamic_shapes
+        if any("another branch" in refusal for refusal in refusals):
+            dynamic = None  # what was taken apart by a size must not be captured as if it were open
+        return self._capture_checked(inputs, dynamic, setting)
+
+    def _capture_checked(self, inputs: Inputs, dynamic: str | None, setting: Setting) -> Program:
+        first = not self.programs
+        program = self._capture(inputs, dynamic)
+        if dynamic is not None:
+            refusal = program.guards.refusal(inputs)
+            difference = refusal or (self._disagreement(program, inputs) if _rare(program, inputs, setting) else None)
+            if difference is not None:
+                self.programs.remove(program)
+                if first:
+                    self.report = None  # type: ignore[assignment]
+                program = self._capture(inputs, None)
+                program.report.notices.append(f"captured for these sizes only: {difference}")
+        return program
+
+    def _disagreement(self, program: Program, inputs: Inputs) -> str | None:
+        original = self._flat_original(inputs)
+        try:
+            with self._state_kept():
+                return agreement.disagreement(original, program.captured.module, inputs.tensors)
+        except InputError:
+            raise
+        except Exception as error:
+            self._run_original(inputs)  # raises InputError where the original refuses them too
+            return f"the capture fails on them: {str(error).splitlines()[0]}"
+
+    # -- the original ------------------------------------------------------------------------------------------------
+
+    def _flat_original(self, inputs: Inputs, model: torch.nn.Module | None = None) -> Callable[..., list[Any]]:
+        model = self.original if model is None else model
+
+        def call(*tensors: torch.Tensor) -> list[Any]:
+            args, kwargs = inputs.with_tensors(tensors).call()
+            result = model(*args, **kwargs)
+            register_dataclasses(result)
+            return pytree.tree_leaves(result)
+
+        return call
+
+    def _run_original(self, inputs: Inputs, because: Exception | None = None) -> list[Any]:
+        try:
+            with self._state_kept(), torch.no_grad():
+                return _seeded(self._flat_original(inputs), inputs)
+        except Exception as error:
+            known = self._takes()
+            raise InputError(
+                f"the model does not take these inputs: {type(error).__name__}: {str(error).splitlines()[0]}",
+                hint=f"it was given {describe(inputs)}" + (f"; it was compiled for {known}" if known else ""),
+            ) from (because or error)
+
+    def _takes(self) -> str:
+        if not self.programs:
+            return ""
+        program = self.programs[0]
+        return program.guards.describe(ir.interface(program.captured.module).names)
+
+    def _state_kept(self) -> _KeptState:
+        return _KeptState(self.original)
+
+    def _reference(self, inputs: Inputs) -> Callable[[], list[Any]]:
+        def run() -> list[Any]:
+            with self._state_kept(), torch.no_grad(), torch.autocast("cpu", enabled=False):
+                model = copy.deepcopy(self.original).double()
+                wide = tuple(t.double() if t.is_floating_point() else t for t in inputs.tensors)
+                return _seeded(self._flat_original(inputs, model), inputs.with_tensors(wide))
+
+        return run
+
+    def _compare(self, expected: Sequence[Any], actual: Sequence[Any], inputs: Inputs) -> Verdict:
+        return compare(
+            list(expected),
+            list(actual),
+            reference=self._reference(inputs),
+            bitwise=self.options.numerics == "bitwise",
+        )
+
+    # -- verification ------------------------------------------------------------------------------------------------
+
+    def _verified(
+        self, program: Program, made: Specialisation, plain: fx.GraphModule, inputs: Inputs
+    ) -> Specialisation:
+        """`made`, or what does give the original's answer: the portable backend, or the program with passes undone.
+
+        Raises VerificationError where even the captured graph is wrong, or with strict.
+        """
+        start = time.perf_counter()
+        expected = self._run_original(inputs)
+        verdict = self._compare(expected, self._run(made, inputs), inputs)
+        report = self.report if program is self.programs[0] else program.report
+        if not verdict.ok and self.options.strict:
+            raise VerificationError(f"the compiled model gives another answer: {verdict.reason}", hint=_HINT)
+        if not verdict.ok and made.backend != "aten":
+            report.notices.append(f"backend {made.backend} gave another answer, aten runs instead: {verdict.reason}")
+            made = self._portable(program, plain)
+            report.backend = made.backend
+            verdict = self._compare(expected, self._run(made, inputs), inputs)
+        if not verdict.ok:
+            made, verdict = self._without_the_guilty(program, expected, inputs)
+        report.verdict = verdict
+        report.seconds["verify"] = time.perf_counter() - start
+        return made
+
+    def _run(self, made: Specialisation, inputs: Inputs) -> Sequence[Any]:
+        with _KeptState(made.module), torch.no_grad():
+            return _seeded(made.run, inputs)
+
+    def _without_the_guilty(
+        self, program: Program, expected: Sequence[Any], inputs: Inputs
+    ) -> tuple[Specialisation, Verdict]:
+        """Runs the passes again, judged one by one; what changes the answer is rolled back and named in the report."""
+
+        def judge(module: fx.GraphModule) -> Verdict:
+            twin, _ = ir.copy(module)
+            set_concrete_values(twin, inputs.tensors)
+            run = plugins.backend("aten").build(twin, {})
+            return self._compare(expected, _seeded(run, inputs), inputs)
+
+        captured = program.captured
+        if not judge(captured.module).ok:
+            raise VerificationError(
+                f"the captured graph gives another answer than the model: {judge(captured.module).reason}", hint=_HINT
+            )
+        options = replace(self.options, verify="each")
+        again = make_program(captured, self.name, options, program.report.seconds, judge)
+        again.report.notices[:0] = program.report.notices
+        program.module, program.report = again.module, again.report
+        if program is self.programs[0]:
+            self.after, self.report = again.module, again.report
+        module, report = concrete_module(program, inputs, options)
+        made = self._portable(program, module)
+        verdict = self._compare(expected, self._run(made, inputs), inputs)
+        if not verdict.ok:
+            raise VerificationError(f"the compiled model gives another answer: {verdict.reason}", hint=_HINT)
+        report.backend = made.backend
+        return made, verdict
+
+    # -- tensors -----------------------------------------------------------------------------------------------------
+
+    def shared_tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors that the programs read and the original has: those whose later writes would be half seen."""
+        own = {ir.identity(t): t for t in (*self.original.parameters(), *self.original.buffers())}
+        found: dict[str, torch.Tensor] = {}
+        for program in self.programs:
+            for name, tensor in ir.tensors(program.module).items():
+                if ir.identity(tensor) in own and not tensor.is_inference():
+                    found.setdefault(name, own[ir.identity(tensor)])
+        return found
+
+    def shared_versions(self) -> tuple[tuple[torch.Tensor, int], ...]:
+        """Each shared tensor and the version it has now."""
+        if self.converted:
+            return ()
+        written: set[str] = set()
+        for program in self.programs:
+            written |= program.captured.written_attributes()
+        return tuple((t, t._version) for name, t in self.shared_tensors().items() if name not in written)
+
+    def converts(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> bool:
+        """Whether a conversion changes any tensor."""
+        for tensor in (*self.original.parameters(), *self.original.buffers()):
+            with torch.no_grad():
+                after = fn(tensor)
+            if (after.dtype, after.device) != (tensor.dtype, tensor.device):
+                return True
+        return False
+
+    def convert(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Converts the private original (never the caller's) and forgets every program."""
+        self.original = copy.deepcopy(self.original)
+        self.original._apply(fn)
+        symbolic = bool(self.programs) and self.programs[0].symbolic
+        self.programs, self.packed, self.converted = [], {}, True
+        self.report = None  # type: ignore[assignment]
+        if symbolic:
+            self.start_symbolic()
+        else:
+            self.start_empty(["converted: the model is captured again at its next call"])
+
+    def clone(self, memo: dict[int, Any]) -> Session:
+        """An independent session with tensors of its own."""
+        return Session.from_state(copy.deepcopy(self.state(), memo))
+
+    def state(self) -> dict[str, Any]:
+        """Everything but specialisations, which are made again: picklable where the original is."""
+        from fxopt import frozen
+
+        return frozen.freeze(self)
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Session:
+        """The session that `state` was taken of."""
+        from fxopt import frozen
+
+        return frozen.thaw(state)
+
+
+_HINT = "this is a bug in fxopt or in a plugin; disable=(...) finds the pass, and a report is welcome"
+
+
+class _KeptState:
+    """Buffers that a run writes are put back afterwards, so that comparing leaves no trace."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.module = module
+
+    def __enter__(self) -> None:
+        self.held = [(tensor, tensor._version, tensor) for tensor in self.module.buffers() if not tensor.is_inference()]
+        self.copies = {id(tensor): tensor.detach().clone() for tensor, _, _ in self.held if tensor.numel() <= 1 << 16}
+
+    def __exit__(self, *exception: object) -> None:
+        for tensor, version, _ in self.held:
+            if tensor._version != version and id(tensor) in self.copies:
+                with torch.no_grad():
+                    tensor.copy_(self.copies[id(tensor)])
+
+
+def _seeded(run: Callable[..., Any], inputs: Inputs) -> list[Any]:
+    """Runs on copies of the inputs (a model may write to them), with one and the same seed each time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return list(run(*[_copied(tensor) for tensor in inputs.tensors]))
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    twin = tensor.detach().clone(memory_format=torch.preserve_format)
+    return twin if twin.stride() == tensor.stride() else tensor.detach()
+
+
+def _rare(program: Program, inputs: Inputs, setting: Setting) -> bool:
+    """Whether a size that the program leaves open is 0 or 1, which a capture can be wrong about."""
+    return any(size in (0, 1) for size in program.guards.dynamic_sizes(inputs))
+
+
+def _state(program: Program, inputs: Inputs, setting: Setting) -> Any:
+    """What a capture may be wrong about although its guards hold: proven once for each."""
+    sizes = tuple(min(size, 2) for size in program.guards.dynamic_sizes(inputs))
+    orders = tuple(
+        tuple(sorted(range(tensor.dim()), key=lambda dim, t=tensor: (-t.stride(dim), dim)))
+        + (tensor.is_contiguous(), tensor.dtype, tensor.device)
+        if tensor.dim() and math.prod(tensor.shape) else ()
+        for tensor in inputs.tensors
+    )  # fmt: skip
+    kinds = tuple(tensor.dim() for tensor in inputs.tensors)
+    grad = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), tuple(t.requires_grad for t in inputs.tensors))
+    return (sizes, orders, kinds, grad, setting.autocast)
+

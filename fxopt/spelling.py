@@ -1,0 +1,375 @@
+"""One table from the ways a Python program spells an operation to the ATen operator that it is.
+
+`operator_for` takes the target of a traced call (a function of torch or torch.nn.functional, a Tensor method, a Python
+operator) and its arguments, and gives the high-level ATen overload that PyTorch's own dispatch would choose, as
+torch.export records it; None for what the table does not know.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+from torch._ops import OpOverload, OpOverloadPacket
+
+aten = torch.ops.aten
+
+#: An ATen call: operator, positional and keyword arguments.
+Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
+IsNumber = Callable[[fx.Node], bool]
+
+_BINARY = {
+    operator.add: "add",
+    operator.sub: "sub",
+    operator.mul: "mul",
+    operator.truediv: "div",
+    operator.floordiv: "floor_divide",
+    operator.mod: "remainder",
+    operator.pow: "pow",
+    operator.matmul: "matmul",
+    operator.eq: "eq",
+    operator.ne: "ne",
+    operator.lt: "lt",
+    operator.le: "le",
+    operator.gt: "gt",
+    operator.ge: "ge",
+    operator.and_: "__and__",
+    operator.or_: "__or__",
+    operator.xor: "__xor__",
+    operator.iadd: "add_",
+    operator.isub: "sub_",
+    operator.imul: "mul_",
+    operator.itruediv: "div_",
+}
+_UNARY = {operator.neg: "neg", operator.invert: "bitwise_not", operator.abs: "abs"}
+#: For these PyTorch wraps a number as a tensor instead of taking a `Scalar` overload.
+_NUMBER_AS_TENSOR = frozenset({"add", "sub", "mul", "div", "add_", "sub_", "mul_", "div_", "floor_divide"})
+
+
+def _functional() -> dict[Any, Callable[[dict[str, Any]], Call | None]]:
+    """torch.nn.functional's Python functions: bound arguments -> ATen call."""
+
+    def unary(op: Any, inplace: Any = None, *names: str) -> Callable[[dict[str, Any]], Call]:
+        def spell(a: dict[str, Any]) -> Call:
+            chosen = inplace if inplace is not None and a.get("inplace") else op
+            return chosen, (a["input"], *(a[name] for name in names)), {}
+
+        return spell
+
+    def softmax(op: Any) -> Callable[[dict[str, Any]], Call | None]:
+        return lambda a: None if a["dim"] is None else (op, (a["input"], a["dim"], a["dtype"]), {})
+
+    def pool(op: Any) -> Callable[[dict[str, Any]], Call | None]:
+        def spell(a: dict[str, Any]) -> Call | None:
+            if a["return_indices"]:
+                return None
+            stride = a["stride"] if a["stride"] is not None else []
+            return op, (a["input"], a["kernel_size"], stride, a["padding"], a["dilation"], a["ceil_mode"]), {}
+
+        return spell
+
+    def batch_norm(a: dict[str, Any]) -> Call:
+        training = a["training"]
+        return (
+            aten.batch_norm.default,
+            (a["input"], a["weight"], a["bias"], a["running_mean"], a["running_var"], training, a["momentum"], a["eps"])
+            + (torch.backends.cudnn.enabled,),
+            {},
+        )
+
+    def instance_norm(a: dict[str, Any]) -> Call:
+        return (
+            aten.instance_norm.default,
+            (a["input"], a["weight"], a["bias"], a["running_mean"], a["running_var"], a["use_input_stats"])
+            + (a["momentum"], a["eps"], torch.backends.cudnn.enabled),
+            {},
+        )
+
+    def layer_norm(a: dict[str, Any]) -> Call:
+        return aten.layer_norm.default, (a["input"], a["normalized_shape"], a["weight"], a["bias"], a["eps"]), {}
+
+    def group_norm(a: dict[str, Any]) -> Call:
+        return aten.group_norm.default, (a["input"], a["num_groups"], a["weight"], a["bias"], a["eps"]), {}
+
+    def embedding(a: dict[str, Any]) -> Call | None:
+        if a["max_norm"] is not None:
+            return None
+        padding = -1 if a["padding_idx"] is None else a["padding_idx"]
+        if not isinstance(padding, int) or padding < -1:
+            return None
+        return aten.embedding.default, (a["weight"], a["input"], padding, a["scale_grad_by_freq"], a["sparse"]), {}
+
+    def pad(a: dict[str, Any]) -> Call:
+        return aten.pad.default, (a["input"], a["pad"], a["mode"], a["value"]), {}
+
+    def dropout(op: Any, inplace: Any) -> Callable[[dict[str, Any]], Call]:
+        return lambda a: (inplace if a["inplace"] else op, (a["input"], a["p"], a["training"]), {})
+
+    def interpolate(a: dict[str, Any]) -> Call | None:
+        names = {
+            "nearest": (aten.upsample_nearest2d.vec, ()),
+            "bilinear": (aten.upsample_bilinear2d.vec, (bool(a["align_corners"]),)),
+        }
+        if a["antialias"] or a["mode"] not in names or a["recompute_scale_factor"]:
+            return None
+        size, scale = a["size"], a["scale_factor"]
+        if isinstance(size, int):
+            size = [size, size]
+        if isinstance(scale, (int, float)):
+            scale = [float(scale), float(scale)]
+        if isinstance(size, fx.Node) or isinstance(scale, fx.Node):
+            return None
+        op, extra = names[a["mode"]]
+        return op, (a["input"], size, *extra, None if scale is None else [float(s) for s in scale]), {}
+
+    return {
+        F.relu: unary(aten.relu.default, aten.relu_.default),
+        F.relu6: unary(aten.relu6.default, aten.relu6_.default),
+        F.silu: unary(aten.silu.default, aten.silu_.default),
+        F.mish: unary(aten.mish.default, aten.mish_.default),
+        F.selu: unary(aten.selu.default, aten.selu_.default),
+        F.hardswish: unary(aten.hardswish.default, aten.hardswish_.default),
+        F.hardsigmoid: unary(aten.hardsigmoid.default, aten.hardsigmoid_.default),
+        F.sigmoid: unary(aten.sigmoid.default),
+        F.tanh: unary(aten.tanh.default),
+        F.hardtanh: unary(aten.hardtanh.default, aten.hardtanh_.default, "min_val", "max_val"),
+        F.leaky_relu: unary(aten.leaky_relu.default, aten.leaky_relu_.default, "negative_slope"),
+        F.elu: unary(aten.elu.default, aten.elu_.default, "alpha"),
+        F.celu: unary(aten.celu.default, aten.celu_.default, "alpha"),
+        F.glu: unary(aten.glu.default, None, "dim"),
+        F.softmax: softmax(aten.softmax.int),
+        F.log_softmax: softmax(aten.log_softmax.int),
+        F.max_pool1d: pool(aten.max_pool1d.default),
+        F.max_pool2d: pool(aten.max_pool2d.default),
+        F.max_pool3d: pool(aten.max_pool3d.default),
+        F.adaptive_avg_pool2d: _adaptive(aten.adaptive_avg_pool2d.default),
+        F.adaptive_avg_pool3d: _adaptive(aten.adaptive_avg_pool3d.default),
+        F.batch_norm: batch_norm,
+        F.instance_norm: instance_norm,
+        F.layer_norm: layer_norm,
+        F.group_norm: group_norm,
+        F.embedding: embedding,
+        F.pad: pad,
+        F.dropout: dropout(aten.dropout.default, aten.dropout_.default),
+        F.dropout1d: dropout(aten.feature_dropout.default, aten.feature_dropout_.default),
+        F.dropout2d: dropout(aten.feature_dropout.default, aten.feature_dropout_.default),
+        F.alpha_dropout: dropout(aten.alpha_dropout.default, aten.alpha_dropout_.default),
+        F.interpolate: interpolate,
+        torch.split: _split,
+        torch.einsum: lambda a: (aten.einsum.default, (a["args"][0], list(a["args"][1:])), {}),
+    }
+
+
+def _adaptive(op: Any) -> Callable[[dict[str, Any]], Call | None]:
+    def spell(a: dict[str, Any]) -> Call | None:
+        size = a["output_size"]
+        if isinstance(size, int):
+            size = [size] * (2 if op is aten.adaptive_avg_pool2d.default else 3)
+        if any(part is None for part in size):
+            return None
+        return op, (a["input"], list(size)), {}
+
+    return spell
+
+
+def _split(a: dict[str, Any]) -> Call:
+    sizes = a["split_size_or_sections"]
+    if isinstance(sizes, (list, tuple)):
+        return aten.split_with_sizes.default, (a["tensor"], list(sizes), a["dim"]), {}
+    return aten.split.Tensor, (a["tensor"], sizes, a["dim"]), {}
+
+
+_TABLE = _functional()
+_SIGNATURES = {function: inspect.signature(function) for function in _TABLE if function not in (torch.einsum,)}
+# boolean_dispatch hides the signature behind *args.
+for _pool, _real in (
+    (F.max_pool1d, F.max_pool1d_with_indices),
+    (F.max_pool2d, F.max_pool2d_with_indices),
+    (F.max_pool3d, F.max_pool3d_with_indices),
+):
+    _SIGNATURES[_pool] = inspect.signature(_real)
+#: What a traced call of these shows as its target.
+_ALIASES = {F._max_pool1d: F.max_pool1d, F._max_pool2d: F.max_pool2d, F._max_pool3d: F.max_pool3d}
+
+
+def operator_for(
+    kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], is_number: IsNumber
+) -> Call | None:
+    """The ATen call for a traced call; None where the table does not know it.
+
+    `kind` is the fx op (call_function or call_method); `is_number` says whether a node gives a number, not a tensor.
+    """
+    if kind == "call_method":
+        return _method(target, args, kwargs, is_number)
+    target = _ALIASES.get(target, target)
+    if target in _TABLE:
+        if target is torch.einsum:
+            return _TABLE[target]({"args": args}) if not kwargs else None
+        try:
+            bound = _SIGNATURES[target].bind(*args, **kwargs)
+        except TypeError:
+            return None
+        bound.apply_defaults()
+        return _TABLE[target](dict(bound.arguments))
+    if target in _BINARY and len(args) == 2:
+        return _binary(_BINARY[target], args[0], args[1], is_number)
+    if target in _UNARY and len(args) == 1:
+        return resolve(_UNARY[target], args, {}, is_number)
+    if _is_builtin(target):
+        return resolve(target.__name__, args, kwargs, is_number)
+    return None
+
+
+#: Where torch keeps its C++ functions; a function's name there is its operator's.
+_BUILTINS = (torch._C._VariableFunctions, torch._C._nn, torch._C._linalg, torch._C._special, torch._C._fft)
+
+
+def _is_builtin(target: Any) -> bool:
+    """A C++ function of torch: `torch.flatten`, `F.gelu`."""
+    name = getattr(target, "__name__", "")
+    return inspect.isbuiltin(target) and any(getattr(home, name, None) == target for home in _BUILTINS)
+
+
+def _tensor_like(value: Any, is_number: IsNumber) -> bool:
+    return isinstance(value, fx.Node) and not is_number(value)
+
+
+def _binary(name: str, left: Any, right: Any, is_number: IsNumber) -> Call | None:
+    if _tensor_like(left, is_number):
+        return resolve(name, (left, right), {}, is_number)
+    if not _tensor_like(right, is_number):
+        return None
+    if name in ("add", "mul", "eq", "ne", "__and__", "__or__", "__xor__"):
+        return resolve(name, (right, left), {}, is_number)
+    if name == "sub":
+        return aten.rsub.Scalar, (right, left), {}
+    if name == "pow":
+        return aten.pow.Scalar, (left, right), {}
+    mirrored = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le"}
+    if name in mirrored:
+        return resolve(mirrored[name], (right, left), {}, is_number)
+    return None
+
+
+_METHOD_NAMES = {"type_as": None, "size": None, "dim": None, "to": "to", "__getitem__": None}
+_PYTHON_METHODS: dict[str, Any] = {"split": torch.split}
+
+
+def _method(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], is_number: IsNumber) -> Call | None:
+    if name in _PYTHON_METHODS:
+        return operator_for("call_function", _PYTHON_METHODS[name], args, kwargs, is_number)
+    if name == "size" and len(args) == 2 and not kwargs:
+        return aten.sym_size.int, args, {}
+    if name == "float" and len(args) == 1 and not kwargs:
+        return aten.to.dtype, (args[0], torch.float32), {}
+    if name in _METHOD_NAMES and _METHOD_NAMES[name] is None:
+        return None
+    return resolve(name, args, kwargs, is_number)
+
+
+def resolve(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], is_number: IsNumber) -> Call | None:
+    """The first ATen overload of `name` that takes these arguments, by the kinds of its schema."""
+    packet = getattr(aten, name, None)
+    if not isinstance(packet, OpOverloadPacket):
+        return None
+    overloads = [getattr(packet, overload) for overload in packet.overloads()]
+    overloads = [op for op in overloads if not any(a.is_out for a in op._schema.arguments)]
+    if name in _NUMBER_AS_TENSOR:
+        overloads.sort(key=lambda op: op._overloadname != "Tensor")
+    for op in overloads:
+        for candidate in (args, _packed(args)):
+            if candidate is not None and _takes(op, candidate, kwargs, is_number, name in _NUMBER_AS_TENSOR):
+                return op, *_expanded(op, candidate, kwargs)
+    return None
+
+
+def _packed(args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """`x.view(2, -1)` is `view(x, [2, -1])`."""
+    if len(args) < 2 or isinstance(args[1], (list, tuple)):
+        return None
+    return (args[0], list(args[1:]))
+
+
+def _expanded(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """One number for a list of known length stands for that many: `stride=2` is `[2, 2]`."""
+
+    def expand(parameter: Any, value: Any) -> Any:
+        if _element(str(parameter.real_type)) and isinstance(value, (int, float, fx.Node)):
+            return [value] * (parameter.N or 1)
+        return value
+
+    parameters = op._schema.arguments
+    by_name = {parameter.name: parameter for parameter in parameters}
+    return (
+        tuple(expand(parameter, value) for parameter, value in zip(parameters, args, strict=False)),
+        {name: expand(by_name[name], value) for name, value in kwargs.items()},
+    )
+
+
+def _element(kind: str) -> str:
+    """The kind of a list's elements, where numbers; empty for what is no list of numbers."""
+    match = re.fullmatch(r"(?:Optional\[)?List\[(int|SymInt|float)\]\]?", kind)
+    return match[1] if match else ""
+
+
+def _takes(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], is_number: IsNumber, wrap: bool) -> bool:
+    rest = dict(kwargs)
+    for position, parameter in enumerate(op._schema.arguments):
+        if not parameter.kwarg_only and position < len(args):
+            value = args[position]
+        elif parameter.name in rest:
+            value = rest.pop(parameter.name)
+        elif parameter.has_default_value():
+            continue
+        else:
+            return False
+        kind = str(parameter.real_type)
+        if parameter.N and not isinstance(value, (list, tuple)) and _element(kind):
+            kind = _element(kind)
+        if not _fits(kind, value, is_number, wrap and position > 0):
+            return False
+    positional = [parameter for parameter in op._schema.arguments if not parameter.kwarg_only]
+    return not rest and len(args) <= len(positional)
+
+
+def _fits(kind: str, value: Any, is_number: IsNumber, number_as_tensor: bool) -> bool:
+    if kind.startswith("Optional["):
+        return value is None or _fits(kind[len("Optional[") : -1], value, is_number, number_as_tensor)
+    if kind.startswith("List["):
+        inner = kind[len("List[") : -1]
+        return isinstance(value, (list, tuple)) and all(_fits(inner, part, is_number, False) for part in value)
+    if isinstance(value, fx.Node):
+        if kind == "Tensor":
+            return number_as_tensor or not is_number(value)
+        if kind in ("int", "SymInt", "number", "Scalar", "float"):
+            return is_number(value)
+        return kind in ("Device", "ScalarType") and value.target is getattr
+    match kind:
+        case "Tensor":
+            return isinstance(value, torch.Tensor) or (number_as_tensor and isinstance(value, (int, float)))
+        case "int" | "SymInt":
+            return type(value) is int
+        case "float":
+            return type(value) in (int, float)
+        case "number" | "Scalar":
+            return type(value) in (int, float, bool, complex)
+        case "bool":
+            return type(value) is bool
+        case "str":
+            return isinstance(value, str)
+        case "ScalarType":
+            return isinstance(value, torch.dtype)
+        case "Device":
+            return isinstance(value, (torch.device, str))
+        case "MemoryFormat":
+            return isinstance(value, torch.memory_format)
+        case "Layout":
+            return isinstance(value, torch.layout)
+        case _:
+            return False
