@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import fx
 
-from fxopt import ir, plugins
+from fxopt import plugins
 from fxopt.capture import Inputs, capture_export, capture_symbolic, private_copy
 from fxopt.errors import CaptureError, UsageError
 from fxopt.pipeline import Progress
@@ -137,7 +137,7 @@ def trace(
         given = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs or ())
         captured = capture_export(original, Inputs.flatten(given, kwargs))
     captured.module.recompile()
-    return cast(fx.GraphModule, captured.module)
+    return captured.module
 
 
-__all__ = ["FxoptNotice", "choose_passes", "compile", "ir", "trace"]
+__all__ = ["FxoptNotice", "choose_passes", "compile", "trace"]

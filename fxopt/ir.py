@@ -79,7 +79,7 @@ def new_module(graph: fx.Graph, interface: Interface | None = None) -> fx.GraphM
 
 def adopt(module: fx.GraphModule, graph: fx.Graph) -> None:
     """Makes `module` the owner of `graph` without generating its code."""
-    module._graph = graph  # type: ignore[assignment]
+    module._graph = graph
     graph.owning_module = module
 
 

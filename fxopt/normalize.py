@@ -177,17 +177,20 @@ def propagate_sizes(module: fx.GraphModule) -> None:
         plain = type(found) in (int, float, bool) or isinstance(found, (torch.dtype, torch.device))
         if plain or (type(found) is torch.Size and all(type(size) is int for size in found)):
             literal = list(found) if isinstance(found, torch.Size) else found
-            for user in list(node.users):
-                args, kwargs = fx.map_arg(
-                    (user.args, user.kwargs), lambda n, node=node, literal=literal: literal if n is node else n
-                )
-                editor.update(user, args, kwargs)
+            _write_out(editor, node, literal)
         if not node.users and effects.of(node).pure:
             editor.erase(node)
     for node in reversed(list(module.graph.nodes)):
         scalar = node.target in ir.SCALAR_FUNCTIONS or node.target in (getattr, aten.sym_size.int)
         if scalar and not node.users and effects.of(node).pure:
             editor.erase(node)
+
+
+def _write_out(editor: Editor, node: fx.Node, literal: Any) -> None:
+    """Lets every reader of a node have the literal in its place."""
+    for user in list(node.users):
+        args, kwargs = fx.map_arg((user.args, user.kwargs), lambda n: literal if n is node else n)
+        editor.update(user, args, kwargs)
 
 
 def _size_of_shape(editor: Editor, node: fx.Node) -> None:

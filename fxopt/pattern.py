@@ -83,8 +83,8 @@ class Pattern:
         for outcome in self.fits(node, _State()):
             if isinstance(outcome, _State):
                 return Match(node, outcome.nodes, outcome.bindings, outcome.shared)
-            nearest = nearest or outcome
-        return nearest or NoMatch("nothing fits", node)
+            nearest = outcome if nearest is None else nearest
+        return NoMatch("nothing fits", node) if nearest is None else nearest
 
     def roots(self) -> frozenset[Any]:
         """The call targets that a matching node can have."""

@@ -59,7 +59,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class Rewrite:
-    """One rewrite that happened: what was removed and added, in whose place, and where it all came from."""
+    """One rewrite that happened: which operations were removed and added, in whose place, and where they came from."""
 
     pass_name: str
     rule: str
@@ -144,8 +144,10 @@ class Rewriter:
     def constant(self, value: torch.Tensor, name: str) -> fx.Node:
         """A new constant tensor of the module, under `name` or a name like it, as a node."""
         assert self._point is not None, "nodes are built inside a rewrite"
-        kept = value.detach()
-        path = self.editor.add_tensor(name, kept.contiguous() if not kept.is_contiguous() else kept)
+        kept: torch.Tensor = value.detach().contiguous()
+        if kept.is_floating_point():
+            kept = torch.nn.Parameter(kept, requires_grad=False)
+        path = self.editor.add_tensor(name, kept)
         return self.editor.insert(
             "get_attr", path, before=self._point, origin=self._origin, name=path.replace(".", "_")
         )
@@ -185,9 +187,7 @@ class Rewriter:
             self._point = None
         if "rank" in root.meta and "rank" not in result.meta:
             self.editor.set_meta(result, "rank", root.meta["rank"])
-        added = tuple(
-            edit.node.name for edit in self.editor.log[mark:] if edit.kind == "insert" and isinstance(edit.node, fx.Node)
-        )
+        added = self._added(mark)
         self.editor.replace_uses(root, result)
         removed = self._sweep(matched, keep=result)
         self._aliases = None
@@ -207,9 +207,7 @@ class Rewriter:
             raise
         finally:
             self._point = None
-        added = tuple(
-            edit.node.name for edit in self.editor.log[mark:] if edit.kind == "insert" and isinstance(edit.node, fx.Node)
-        )
+        added = self._added(mark)
         self.editor.replace_uses(operand, result, [reader])
         self._aliases = None
         self.journal.rewrites.append(
@@ -254,6 +252,11 @@ class Rewriter:
             return NoMatch(f"the strides would change from {before.stride()} to {after.stride()}", root)
         return None
 
+    def _added(self, mark: int) -> tuple[str, ...]:
+        """The names of the operations inserted since `mark`."""
+        inserted = [edit.node for edit in self.editor.log[mark:] if edit.kind == "insert"]
+        return tuple(node.name for node in inserted if isinstance(node, fx.Node) and node.op != "get_attr")
+
     def _sweep(self, nodes: tuple[fx.Node, ...], keep: fx.Node | None) -> tuple[str, ...]:
         """Erases those of `nodes` that nobody reads, then the attributes and sizes that only they read."""
         removed: list[str] = []
@@ -267,7 +270,8 @@ class Rewriter:
                 continue
             operands = node.all_input_nodes
             self.editor.erase(node)
-            removed.append(node.name)
+            if node.op != "get_attr":
+                removed.append(node.name)
             queue.extend(
                 operand for operand in operands
                 if operand in given or operand.op == "get_attr" or not ir.is_compute(operand)

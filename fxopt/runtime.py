@@ -34,6 +34,11 @@ class CompiledModule(torch.nn.Module):
     tensors that it did not change; after a write to one of those a call raises StaleWeightsError.
     """
 
+    _session: session.Session
+    _lock: threading.RLock
+    _ready: OrderedDict[Any, Specialisation]
+    _versions: tuple[tuple[torch.Tensor, int], ...]
+
     def __init__(self, work: session.Session) -> None:
         super().__init__()
         self.training = False
@@ -64,7 +69,7 @@ class CompiledModule(torch.nn.Module):
     def _specialise(self, args: tuple[Any, ...], kwargs: dict[str, Any], key: Any) -> Specialisation:
         with self._lock:
             if key in self._ready:
-                return cast(Specialisation, self._ready[key])
+                return self._ready[key]
             self._check_versions()
             made = self._session.specialise(Inputs.flatten(args, kwargs))
             self._ready[key] = made
@@ -168,7 +173,7 @@ class CompiledModule(torch.nn.Module):
         """The buffers of the compiled graph under the model's names."""
         yield from self._session.after.named_buffers(prefix, recurse, remove_duplicate)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The tensors of the compiled graph under the model's names; folded ones end in `_folded`."""
         return cast("dict[str, Any]", self._session.after.state_dict(*args, **kwargs))
 

