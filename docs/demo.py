@@ -1,4 +1,4 @@
-"""`make demo`: GoogLeNet and ResNet-50 on a photograph: compiled, verified, reported, timed against eager, and drawn."""
+"""`make demo`: GoogLeNet and ResNet-50 on a photograph: compiled, verified, reported, timed against eager, drawn."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import demo_models
 import torch
-from fxopt import benchmark
 
 import fxopt
+from fxopt import benchmark
 
 
 def main() -> None:

@@ -42,7 +42,7 @@ def choose_passes(passes: Passes = "default", disable: Iterable[str] = ()) -> tu
     return tuple(current for current in chosen if current.name not in unwanted)
 
 
-def compile(  # noqa: A001 (the name that torch.compile taught everyone)
+def compile(
     model: torch.nn.Module,
     args: tuple[Any, ...] | torch.Tensor | None = None,
     kwargs: Mapping[str, Any] | None = None,
@@ -58,15 +58,15 @@ def compile(  # noqa: A001 (the name that torch.compile taught everyone)
 ) -> CompiledModule:
     """The same function as `model` in eval mode, faster.
 
-    `args` and `kwargs` are example inputs, of any structure. With them everything is done now: captured by
-    torch.export with the first dimension open (`dynamic_shapes`: "batch", "all" or None), rewritten, lowered for these
-    inputs, and verified on them. Without, the model is traced symbolically and finished at its first call.
+    `args` and `kwargs` are example inputs, of any structure. With them everything is done now: captured by torch.export
+    with the first dimension open (`dynamic_shapes`: "batch", "all" or None), rewritten, lowered for these inputs, and
+    verified on them. Without, the model is traced symbolically and finished at its first call.
 
     `passes` is "default" or a sequence of names and Pass objects; `disable` leaves out some. `backend` is "auto" or the
     name of one. `numerics` is what is allowed: "bitwise", "reassociate" or "approximate". `verify` compares the result
     with the original on first use; "each" compares after every pass. With `strict` a pass that fails or changes the
-    answer raises, instead of being rolled back and named in the report. `progress(stage, done, total)` is called as work
-    goes on.
+    answer raises, instead of being rolled back and named in the report. `progress(stage, done, total)` is called as
+    work goes on.
 
     Raises UsageError for what is not a module or an option, CaptureError where the model cannot be captured,
     InputError where it does not take the inputs, VerificationError rather than a wrong answer.
@@ -78,9 +78,7 @@ def compile(  # noqa: A001 (the name that torch.compile taught everyone)
     original = private_copy(model)
     if backend != "auto":
         plugins.backend(backend)
-    options = Options(
-        choose_passes(passes, disable), backend, numerics, verify, dynamic_shapes, strict, progress
-    )
+    options = Options(choose_passes(passes, disable), backend, numerics, verify, dynamic_shapes, strict, progress)
     notices = []
     if any(module.training for module in model.modules()):
         notices.append("the model was in training mode; it is compiled as in eval mode, and itself left as it was")

@@ -121,7 +121,7 @@ def thaw(state: dict[str, Any]) -> Session:
     from fxopt.session import Session
 
     kept = dict(state["options"])
-    kept["passes"] = tuple(plugins.named(kept_pass) if isinstance(kept_pass, str) else kept_pass for kept_pass in kept["passes"])
+    kept["passes"] = tuple(plugins.named(held) if isinstance(held, str) else held for held in kept["passes"])
     session = Session(state["original"], state["name"], Options(**kept))
     for frozen in state["programs"]:
         captured = Captured(thaw_graph(frozen["captured"]), frozen["front_end"])

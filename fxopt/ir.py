@@ -194,15 +194,13 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     found = schema(node.target)
     assert found is not None, f"{node.name} has no schema"
     bound: dict[str, Any] = {}
-    position = 0
-    for argument in found.arguments:
+    for position, argument in enumerate(found.arguments):
         if not argument.kwarg_only and position < len(node.args):
             bound[argument.name] = node.args[position]
         elif argument.name in node.kwargs:
             bound[argument.name] = node.kwargs[argument.name]
         elif argument.has_default_value():
             bound[argument.name] = argument.default_value
-        position += 1
     return bound
 
 

@@ -1,7 +1,7 @@
 """One spelling for each operation: a captured graph of ATen operators becomes the normal form of `docs/ir.md`.
 
-In-place operations on fresh values become their pure twins, `view` becomes `reshape`, two names of one tensor become one,
-numbers that are known become literals. What cannot be proved stays as it was captured.
+In-place operations on fresh values become their pure twins, `view` becomes `reshape`, two names of one tensor become
+one, numbers that are known become literals. What cannot be proved stays as it was captured.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def functionalize(module: fx.GraphModule) -> None:
     """
     aliases = effects.Aliases.scan(module.graph)
     groups: dict[fx.Node, list[fx.Node]] = {}
-    for node in aliases.position:
+    for node in aliases.group:
         groups.setdefault(aliases.root(node), []).append(node)
     editor = Editor(module)
     for writer in aliases.writers:
@@ -110,14 +110,13 @@ def _readers_after(writer: fx.Node, group: list[fx.Node], aliases: effects.Alias
     """Which members of an alias group, other than those derived from the writer, are read behind it, and by whom."""
     derived = {writer}
     found: dict[fx.Node, list[fx.Node]] = {}
-    place = aliases.position[writer]
     for member in group:
         if member in derived:
             continue
-        if aliases.position[member] > place and any(operand in derived for operand in effects.of(member).aliases):
+        if writer < member and any(operand in derived for operand in effects.of(member).aliases):
             derived.add(member)
             continue
-        readers = [user for user in member.users if aliases.position[user] > place]
+        readers = [user for user in member.users if writer < user]
         if readers:
             found[member] = readers
     return found

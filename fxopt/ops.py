@@ -119,7 +119,7 @@ def _linear_body(
     return _epilogue(aten.linear.default(input, weight, bias), residual, activation, activation_arguments)
 
 
-_LIBRARY = torch.library.Library("fxopt", "DEF")  # noqa: TOR901 (lives as long as the process)
+_LIBRARY = torch.library.Library("fxopt", "DEF")  # lives as long as the process
 _LIBRARY.define(
     "convolution(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, int[] stride, int[] padding, "
     "int[] dilation, bool transposed, int[] output_padding, int groups, str activation, "

@@ -33,7 +33,7 @@ class NoMatch:
 
 @dataclass(frozen=True)
 class Match:
-    """How a pattern fits: `root`, the `nodes` that the pattern's calls stand for, and what each name stands for."""
+    """How a pattern fits: `root`, the `nodes` that its calls stand for, and what each name stands for."""
 
     root: fx.Node
     nodes: tuple[fx.Node, ...]
@@ -54,6 +54,10 @@ class Match:
         return self.bindings.get(name, default)
 
 
+def _node(value: object) -> fx.Node | None:
+    return value if isinstance(value, fx.Node) else None
+
+
 @dataclass
 class _State:
     bindings: dict[str, Any] = field(default_factory=dict)
@@ -66,7 +70,7 @@ class _State:
         if name in self.bindings:
             if ir.same_literal(self.bindings[name], value):
                 return self
-            return NoMatch(f"{name} would stand for two different values", value if isinstance(value, fx.Node) else None)
+            return NoMatch(f"{name} would stand for two different values", _node(value))
         return _State({**self.bindings, name: value}, self.nodes, self.shared)
 
 
@@ -109,8 +113,7 @@ class _Const(Pattern):
             yield state.bind(self.name, None)
         elif ir.tensor(value) is None:
             what = f"{value.name} ({ir.target_name(value)})" if isinstance(value, fx.Node) else repr(value)
-            yield NoMatch(f"the {self.name} is {what}, computed at run time, not a constant",
-                          value if isinstance(value, fx.Node) else None)  # fmt: skip
+            yield NoMatch(f"the {self.name} is {what}, computed at run time, not a constant", _node(value))
         else:
             yield state.bind(self.name, value)
 
@@ -152,7 +155,7 @@ class _Call(Pattern):
             wanted = " or ".join(dict.fromkeys(_short(target) for target in self.targets[:3]))
             wanted += " ..." if len(self.targets) > 3 else ""
             what = f"{value.name} is {ir.target_name(value)}" if isinstance(value, fx.Node) else f"{value!r} is"
-            yield NoMatch(f"{what}, not {wanted}", value if isinstance(value, fx.Node) else None)
+            yield NoMatch(f"{what}, not {wanted}", _node(value))
             return
         bound = state.bind(self.name, value)
         if isinstance(bound, NoMatch):

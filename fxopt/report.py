@@ -125,7 +125,8 @@ class Report:
             )
         yield table
         times = ", ".join(f"{stage} {value:.2f} s" for stage, value in self.seconds.items())
-        yield Text(f"captured by {self.front_end}; {self.before} -> {self.after} nodes; backend {self.backend}; {times}")
+        nodes = f"{self.before} -> {self.after} nodes"
+        yield Text(f"captured by {self.front_end}; {nodes}; backend {self.backend}; {times}")
         yield Text(f"verified: {self.verdict}" if self.verdict is not None else f"not verified: {self.verification}")
         for reason, count in self.common_reasons():
             yield Text(f"  declined {count}x: {reason}")
@@ -161,7 +162,7 @@ def _modules(origins: tuple[ir.Origin, ...]) -> list[str]:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What became of one layer (a module path) or node: what it was, what was done, what was not and why, what it is."""
+    """What became of a layer (a module path) or node: what it was, what was done, what was not and why, what it is."""
 
     subject: str
     before: tuple[str, ...]

@@ -25,7 +25,7 @@ Numerics = Literal["bitwise", "reassociate", "approximate"]
 
 @dataclass(frozen=True)
 class Rule:
-    """One rewrite: where `pattern` fits and `guard` (if any) does not decline, `rewrite` gives the node to read instead.
+    """Where `pattern` fits and `guard` (if any) does not decline, `rewrite` gives the node to read instead.
 
     `rewrite(match, rewriter)` builds nodes by `rewriter.call` and `rewriter.constant`; it must not change the graph in
     any other way. It may return an existing node.
@@ -104,6 +104,7 @@ class Rewriter:
         self._point: fx.Node | None = None
         self._origin: tuple[ir.Origin, ...] = ()
         self._aliases: effects.Aliases | None = None
+        self._aliases_mark = -1
 
     @property
     def module(self) -> fx.GraphModule:
@@ -118,9 +119,17 @@ class Rewriter:
     @property
     def aliases(self) -> effects.Aliases:
         """Aliases and writes of the graph as it is now."""
-        if self._aliases is None:
+        if self._aliases is None or self._aliases_mark != self.editor.mark():
             self._aliases = effects.Aliases.scan(self.graph)
+            self._aliases_mark = self.editor.mark()
         return self._aliases
+
+    def _follow(self, mark: int, readers: Iterable[fx.Node]) -> None:
+        """Keeps `aliases` true to the edits behind `mark`, so that it need not be scanned again for each rewrite."""
+        if self._aliases is not None and self._aliases_mark == mark:
+            added = [edit.node for edit in self.editor.log[mark:] if edit.kind == "insert"]
+            self._aliases.follow([n for n in added if isinstance(n, fx.Node) and not n._erased], readers)
+            self._aliases_mark = self.editor.mark()
 
     # -- building, inside a rewrite ----------------------------------------------------------------------------------
 
@@ -133,7 +142,7 @@ class Rewriter:
         )
 
     def call_as(self, value: torch.Tensor, target: Any, *args: Any) -> fx.Node:
-        """A new call of an operator that cannot infer its own result, which is known to be like `value` (a FakeTensor)."""
+        """A new call of an operator that cannot infer its result, which is known to be like `value` (a FakeTensor)."""
         assert self._point is not None, "nodes are built inside a rewrite"
         node = self.editor.insert(
             "call_function", target, args, before=self._point, origin=self._origin, name=target._opname, infer=False
@@ -190,7 +199,7 @@ class Rewriter:
         added = self._added(mark)
         self.editor.replace_uses(root, result)
         removed = self._sweep(matched, keep=result)
-        self._aliases = None
+        self._follow(mark, list(result.users))
         self.journal.rewrites.append(
             Rewrite(self.current.name, rule, root.name, result.name, removed, added, self._origin)
         )
@@ -209,7 +218,7 @@ class Rewriter:
             self._point = None
         added = self._added(mark)
         self.editor.replace_uses(operand, result, [reader])
-        self._aliases = None
+        self._follow(mark, [reader])
         self.journal.rewrites.append(
             Rewrite(self.current.name, rule, operand.name, result.name, (), added, self._origin)
         )
@@ -217,9 +226,9 @@ class Rewriter:
     def remove(self, node: fx.Node, *, rule: str) -> None:
         """Removes a node that nobody reads, and operands that this leaves unread."""
         origin = ir.origins(node)
-        name = node.name
+        name, mark = node.name, self.editor.mark()
         removed = self._sweep((node,), keep=None)
-        self._aliases = None
+        self._follow(mark, ())
         self.journal.rewrites.append(Rewrite(self.current.name, rule, name, "", removed, (), origin))
 
     def decline(self, node: fx.Node, reason: str, *, rule: str = "") -> None:
@@ -384,7 +393,7 @@ def _driver_guard(match: Match, rewriter: Rewriter) -> NoMatch | None:
     if aliases.writers:
         if not effects.of(match.root).pure or any(not effects.of(node).pure for node in match.nodes):
             return NoMatch(f"{match.root.name} writes, draws at random, or is not known", match.root)
-        first = min(match.nodes, key=aliases.position.__getitem__)
+        first = min(match.nodes)
         values = {operand for node in match.nodes for operand in (node, *node.all_input_nodes)}
         writer = aliases.writer_between(first, match.root, values)
         if writer is not None:

@@ -93,7 +93,7 @@ class CompiledModule(torch.nn.Module):
         ]
         raise StaleWeightsError(
             f"the original model's {', '.join(names[:3]) or 'weights'} changed after it was compiled",
-            hint="a compiled module is a snapshot that shares unchanged tensors with the model: call fxopt.compile again",
+            hint="a compiled module is a snapshot that shares what it did not change: call fxopt.compile again",
         )
 
     # -- looking -----------------------------------------------------------------------------------------------------

@@ -74,20 +74,20 @@ def _functional() -> dict[Any, Callable[[dict[str, Any]], Call | None]]:
 
         return spell
 
+    def statistics(a: dict[str, Any]) -> tuple[Any, ...]:
+        return a["input"], a["weight"], a["bias"], a["running_mean"], a["running_var"]
+
     def batch_norm(a: dict[str, Any]) -> Call:
-        training = a["training"]
         return (
             aten.batch_norm.default,
-            (a["input"], a["weight"], a["bias"], a["running_mean"], a["running_var"], training, a["momentum"], a["eps"])
-            + (torch.backends.cudnn.enabled,),
+            (*statistics(a), a["training"], a["momentum"], a["eps"], torch.backends.cudnn.enabled),
             {},
         )
 
     def instance_norm(a: dict[str, Any]) -> Call:
         return (
             aten.instance_norm.default,
-            (a["input"], a["weight"], a["bias"], a["running_mean"], a["running_var"], a["use_input_stats"])
-            + (a["momentum"], a["eps"], torch.backends.cudnn.enabled),
+            (*statistics(a), a["use_input_stats"], a["momentum"], a["eps"], torch.backends.cudnn.enabled),
             {},
         )
 

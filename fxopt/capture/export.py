@@ -61,7 +61,7 @@ def _dynamic(inputs: Inputs, dynamic_shapes: str | None) -> Any:
     if dynamic_shapes is None:
         return None
     last = 1 if dynamic_shapes == "batch" else 1_000
-    return (tuple({dim: Dim.AUTO for dim in range(min(tensor.dim(), last))} for tensor in inputs.tensors),)
+    return (tuple(dict.fromkeys(range(min(tensor.dim(), last)), Dim.AUTO) for tensor in inputs.tensors),)
 
 
 @contextmanager
@@ -83,7 +83,7 @@ def _quiet() -> Iterator[None]:
 def _export(model: torch.nn.Module, inputs: Inputs, dynamic_shapes: str | None, notices: list[str]) -> Captured:
     flat = FlatModel(model, inputs)
     try:
-        with _quiet(), torch.enable_grad():
+        with _quiet():
             program = torch.export.export(
                 flat, inputs.tensors, strict=False, dynamic_shapes=_dynamic(inputs, dynamic_shapes)
             )
@@ -123,7 +123,8 @@ def _unlift(program: torch.export.ExportedProgram, flat: FlatModel, inputs: Inpu
     tensor_names = [
         name for name, leaf in zip(inputs.names, inputs.leaves, strict=True) if isinstance(leaf, torch.Tensor)
     ]
-    module = ir.new_module(graph, ir.Interface(inputs.spec, cast(Any, flat.structure.spec), tuple(tensor_names), inputs.constants))
+    interface = ir.Interface(inputs.spec, cast(Any, flat.structure.spec), tuple(tensor_names), inputs.constants)
+    module = ir.new_module(graph, interface)
     lifted = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
     _refuse_unknown(program)
     names = iter(tensor_names)

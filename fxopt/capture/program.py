@@ -1,4 +1,4 @@
-"""What capture takes and gives: flat inputs, the model as a function of flat tensors, the captured program, its guards."""
+"""What capture takes and gives: flat inputs, the model as a function of flat tensors, the captured program."""
 
 from __future__ import annotations
 

@@ -218,13 +218,17 @@ def _batch_norm(tracer: _Tracer, m: Any, input: Any) -> Any:
     result = tracer.create_proxy(
         "call_function",
         aten.batch_norm.default,
-        (input, m.weight, m.bias, m.running_mean, m.running_var, statistics)
-        + (0.0 if m.momentum is None else m.momentum, m.eps, torch.backends.cudnn.enabled),
+        (input, m.weight, m.bias, m.running_mean, m.running_var, statistics, *_norm_options(m)),
         {},
     )
     if "rank" in input.node.meta:
         result.node.meta["rank"] = input.node.meta["rank"]
     return result
+
+
+def _norm_options(m: Any) -> tuple[float, float, bool]:
+    """Momentum, eps, and whether cuDNN may be used, as the module's forward passes them."""
+    return 0.0 if m.momentum is None else m.momentum, m.eps, torch.backends.cudnn.enabled
 
 
 def _prove_rank(node: fx.Node, rank: int) -> None:
@@ -236,8 +240,7 @@ def _instance_norm(tracer: _Tracer, m: Any, input: Any) -> Any:
     return tracer.create_proxy(
         "call_function",
         aten.instance_norm.default,
-        (input, m.weight, m.bias, m.running_mean, m.running_var, not m.track_running_stats)
-        + (0.0 if m.momentum is None else m.momentum, m.eps, torch.backends.cudnn.enabled),
+        (input, m.weight, m.bias, m.running_mean, m.running_var, not m.track_running_stats, *_norm_options(m)),
         {},
     )
 
@@ -261,17 +264,14 @@ def _expansion(m: torch.nn.Module) -> Callable[..., Any] | None:
     nn = torch.nn
     forward = type(m).forward
     if isinstance(m, nn.modules.batchnorm._BatchNorm) and not m.training:
-        if forward in (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward):
-            own_check = type(m)._check_input_dim
-            known = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-            return _batch_norm if any(own_check is kind._check_input_dim for kind in known) else None
-    elif isinstance(m, nn.modules.instancenorm._InstanceNorm):
-        plain = (nn.InstanceNorm2d, nn.InstanceNorm3d)
-        if forward is nn.modules.instancenorm._InstanceNorm.forward and type(m) in plain:
-            return _instance_norm
-    elif isinstance(m, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
-        if forward in (nn.ConvTranspose1d.forward, nn.ConvTranspose2d.forward, nn.ConvTranspose3d.forward):
-            return _conv_transpose
+        plain = forward in (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward)
+        known = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+        checked = any(type(m)._check_input_dim is kind._check_input_dim for kind in known)
+        return _batch_norm if plain and checked else None
+    if type(m) in (nn.InstanceNorm2d, nn.InstanceNorm3d):
+        return _instance_norm
+    if forward in (nn.ConvTranspose1d.forward, nn.ConvTranspose2d.forward, nn.ConvTranspose3d.forward):
+        return _conv_transpose
     return None
 
 

@@ -10,6 +10,7 @@ Finite values and infinities are as in ATen. This is the one place that says so;
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -111,9 +112,7 @@ def _lower_convolutions(rewriter: Rewriter) -> None:
         if refusal is not None:
             rewriter.decline(node, refusal, rule="convolution")
             continue
-        result = rewriter.substitute(
-            node, lambda node=node, given=given: _convolution(rewriter, node, given), rule="convolution"  # type: ignore[misc]
-        )
+        result = rewriter.substitute(node, partial(_convolution, rewriter, node, given), rule="convolution")
         if isinstance(result, NoMatch):
             rewriter.decline(node, result.reason, rule="convolution")
 
@@ -166,7 +165,8 @@ def _convolution(rewriter: Rewriter, node: fx.Node, given: dict[str, Any]) -> fx
 def _in_channels_last(node: fx.Node) -> torch.Tensor:
     """What a node gives, as oneDNN gives it with prepacked weights: in channels-last order."""
     found, mode = ir.fake(node), ir.fake_mode(ir.module_of(node.graph))
-    assert found is not None and mode is not None
+    assert found is not None
+    assert mode is not None
     order = torch.channels_last if found.dim() == 4 else torch.channels_last_3d
     with mode:
         return torch.empty(found.shape, dtype=found.dtype, device=found.device).to(memory_format=order)
@@ -195,9 +195,7 @@ def _lower_linears(rewriter: Rewriter) -> None:
         if refusal is not None:
             rewriter.decline(node, refusal, rule="linear")
             continue
-        result = rewriter.substitute(
-            node, lambda node=node, given=given: _linear(rewriter, node, given), rule="linear"  # type: ignore[misc]
-        )
+        result = rewriter.substitute(node, partial(_linear, rewriter, node, given), rule="linear")
         if isinstance(result, NoMatch):
             rewriter.decline(node, result.reason, rule="linear")
 
