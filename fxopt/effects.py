@@ -169,48 +169,55 @@ def _is_composite(target: OpOverload) -> bool:
 
 @dataclass
 class Aliases:
-    """Which values of a graph may share memory, and where the graph writes: one linear scan, valid until an edit.
+    """Which values of a graph may share memory, and where the graph writes: one linear scan, kept up by `follow`.
 
-    Two nodes with one `group` may alias. Order is the position in the graph.
+    Two nodes with one `root` may alias. What an edit parts may stay together here: that errs on the safe side.
     """
 
     group: dict[fx.Node, fx.Node] = field(default_factory=dict)
-    position: dict[fx.Node, int] = field(default_factory=dict)
     writers: list[fx.Node] = field(default_factory=list)
     foreign: set[fx.Node] = field(default_factory=set)
+    storages: dict[object, fx.Node] = field(default_factory=dict)
 
     @classmethod
     def scan(cls, graph: fx.Graph) -> Aliases:
         """Reads a whole graph."""
         found = cls()
-        for index, node in enumerate(graph.nodes):
-            found.position[node] = index
-            found.group[node] = node
-            effects = of(node)
-            if effects.writes or effects.opaque:
-                found.writers.append(node)
-            if node.op == "output":
-                continue
-            for operand in effects.aliases:
-                found._join(node, operand)
-            if node.op in ("placeholder", "get_attr") or effects.opaque:
-                found.foreign.add(node)
-        found._join_shared_storages(graph)
+        for node in graph.nodes:
+            found._enter(node)
         return found
 
-    def _join_shared_storages(self, graph: fx.Graph) -> None:
-        storages: dict[object, fx.Node] = {}
-        for node in graph.nodes:
-            if node.op == "get_attr":
-                found = ir.tensor(node)
-                if found is not None and found.layout is torch.strided:
-                    place = found.untyped_storage().data_ptr() or ("attribute", node.target)
-                    self._join(node, storages.setdefault(place, node))
+    def follow(self, added: Iterable[fx.Node], readers: Iterable[fx.Node]) -> None:
+        """Takes in an edit: the nodes that were added, and those that now read another value. Erased writers go."""
+        self.writers = [writer for writer in self.writers if not writer._erased]
+        for node in added:
+            self._enter(node)
+        for reader in readers:
+            if reader.op != "output":
+                for operand in of(reader).aliases:
+                    self._join(reader, operand)
+
+    def _enter(self, node: fx.Node) -> None:
+        self.group[node] = node
+        effects = of(node)
+        if effects.writes or effects.opaque:
+            self.writers.append(node)
+        if node.op == "output":
+            return
+        for operand in effects.aliases:
+            self._join(node, operand)
+        if node.op in ("placeholder", "get_attr") or effects.opaque:
+            self.foreign.add(node)
+        if node.op == "get_attr":
+            found = ir.tensor(node)
+            if found is not None and found.layout is torch.strided:
+                place = found.untyped_storage().data_ptr() or ("attribute", node.target)
+                self._join(node, self.storages.setdefault(place, node))
 
     def _join(self, left: fx.Node, right: fx.Node) -> None:
         left, right = self.root(left), self.root(right)
         if left is not right:
-            first, second = sorted((left, right), key=self.position.__getitem__)
+            first, second = (left, right) if left < right else (right, left)
             self.group[second] = first
 
     def root(self, node: fx.Node) -> fx.Node:
@@ -220,19 +227,13 @@ class Aliases:
             node = self.group[node]
         return node
 
-    def members(self, node: fx.Node) -> list[fx.Node]:
-        """Every value that `node` may share memory with, itself included, in graph order."""
-        root = self.root(node)
-        return [other for other in self.group if self.root(other) is root]
-
     def writer_between(self, first: fx.Node, last: fx.Node, values: Iterable[fx.Node]) -> fx.Node | None:
         """A node strictly between `first` and `last` that may write to one of `values`; None if there is none."""
         if not self.writers:
             return None
         roots = {self.root(node) for node in values if node in self.group}
-        low, high = self.position[first], self.position[last]
         for writer in self.writers:
-            if low < self.position[writer] < high:
+            if first < writer < last:
                 effects = of(writer)
                 if effects.opaque or any(self.root(written) in roots for written in effects.writes):
                     return writer
@@ -242,7 +243,7 @@ class Aliases:
         """A node behind `node` that may write to one of `values`; None if there is none."""
         roots = {self.root(value) for value in values if value in self.group}
         for writer in self.writers:
-            if self.position[writer] > self.position[node]:
+            if node < writer:
                 effects = of(writer)
                 if any(self.root(written) in roots for written in effects.writes):
                     return writer
