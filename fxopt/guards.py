@@ -20,7 +20,8 @@ class Guards:
 
     `sizes[i]` has for each dimension of tensor i a number, or the symbolic expression that it must satisfy; None where
     every shape fits (symbolic capture). `code` are Python expressions over `L['tensors'][i]`; `bounds` the range of
-    each symbol; `kinds[i]` the dtype and device of tensor i (None: any).
+    each symbol; `kinds[i]` the dtype and device of tensor i (None: any). A capture made with gradients off (`grad`) has
+    lost the model's own no_grad regions, so it does not fit where they are on.
     """
 
     spec: pytree.TreeSpec
@@ -29,6 +30,7 @@ class Guards:
     kinds: tuple[tuple[torch.dtype, torch.device], ...] | None
     code: tuple[str, ...]
     bounds: tuple[tuple[str, int, int | None], ...]
+    grad: bool = True
 
     @classmethod
     def of(cls, captured: Captured) -> Guards:
@@ -46,12 +48,14 @@ class Guards:
         )
         kinds = tuple((value.dtype, value.device) for value in values if value is not None)
         bounds = tuple((name, *span) for name, span in captured.bounds.items())
-        return cls(interface.in_spec, constants, sizes, kinds, captured.guards, bounds)
+        return cls(interface.in_spec, constants, sizes, kinds, captured.guards, bounds, captured.grad)
 
     def refusal(self, inputs: Inputs) -> str | None:
         """None where the program fits these inputs; else what does not, as a person would say it."""
         if inputs.spec != self.spec:
             return "the arguments have another structure"
+        if torch.is_grad_enabled() and not self.grad:
+            return "gradients are on, and were off"
         for position, value in self.constants:
             if not _same_constant(inputs.leaves[position], value):
                 return f"{inputs.names[position]} is {inputs.leaves[position]!r}, and was {value!r}"

@@ -105,10 +105,10 @@ class Session:
                 own = getattr(owner, leaf)
                 setattr(owner, leaf, own.detach().clone() if not isinstance(own, torch.nn.Parameter) else own)
 
-    def _capture(self, inputs: Inputs, dynamic_shapes: str | None) -> Program:
+    def _capture(self, inputs: Inputs, dynamic_shapes: str | None, *, grad: bool = True) -> Program:
         start = time.perf_counter()
         try:
-            captured = capture_export(self.original, inputs, dynamic_shapes)
+            captured = capture_export(self.original, inputs, dynamic_shapes, grad=grad)
         except CaptureError as error:
             # Inputs that the original itself refuses are the caller's mistake, not a capture that failed.
             self._run_original(inputs, because=error)
@@ -175,17 +175,18 @@ class Session:
         return self._capture_checked(inputs, dynamic, setting)
 
     def _capture_checked(self, inputs: Inputs, dynamic: str | None, setting: Setting) -> Program:
-        first = not self.programs
+        first, grad = not self.programs, torch.is_grad_enabled()
         program = self._capture(inputs, dynamic)
-        if dynamic is not None:
-            refusal = program.guards.refusal(inputs)
-            difference = refusal or (self._disagreement(program, inputs) if _rare(program, inputs, setting) else None)
-            if difference is not None:
-                self.programs.remove(program)
-                if first:
-                    self.start_empty([])
-                program = self._capture(inputs, None)
-                program.report.notices.append(f"captured for these sizes only: {difference}")
+        if dynamic is None and grad:
+            return program
+        suspect = not grad or _rare(program, inputs, setting)
+        difference = program.guards.refusal(inputs) or (self._disagreement(program, inputs) if suspect else None)
+        if difference is not None:
+            self.programs.remove(program)
+            if first:
+                self.start_empty([])
+            program = self._capture(inputs, None, grad=grad)
+            program.report.notices.append(f"captured for these sizes only: {difference}")
         return program
 
     def _disagreement(self, program: Program, inputs: Inputs) -> str | None:
@@ -214,7 +215,7 @@ class Session:
 
     def _run_original(self, inputs: Inputs, because: Exception | None = None) -> list[Any]:
         try:
-            with self._state_kept(), torch.no_grad():
+            with self._state_kept():
                 return _seeded(self._flat_original(inputs), inputs)
         except Exception as error:
             known = self._takes()
@@ -234,7 +235,7 @@ class Session:
 
     def _reference(self, inputs: Inputs) -> Callable[[], list[Any]]:
         def run() -> list[Any]:
-            with self._state_kept(), torch.no_grad(), torch.autocast("cpu", enabled=False):
+            with self._state_kept(), torch.autocast("cpu", enabled=False):
                 model = copy.deepcopy(self.original).double()
                 wide = tuple(t.double() if t.is_floating_point() else t for t in inputs.tensors)
                 return _seeded(self._flat_original(inputs, model), inputs.with_tensors(wide))
@@ -276,7 +277,7 @@ class Session:
         return made
 
     def _run(self, made: Specialisation, inputs: Inputs) -> Sequence[Any]:
-        with _KeptState(made.module), torch.no_grad():
+        with _KeptState(made.module):
             return _seeded(made.run, inputs)
 
     def _without_the_guilty(

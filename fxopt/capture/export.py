@@ -21,11 +21,14 @@ from fxopt.capture.program import Captured, FlatModel, Inputs, line_of_trace, st
 from fxopt.errors import CaptureError, UsageError
 
 
-def capture_export(model: torch.nn.Module, inputs: Inputs, dynamic_shapes: str | None = "batch") -> Captured:
+def capture_export(
+    model: torch.nn.Module, inputs: Inputs, dynamic_shapes: str | None = "batch", *, grad: bool = True
+) -> Captured:
     """Captures a private copy of a model on example inputs.
 
     `dynamic_shapes`: "batch" leaves the first dimension of every tensor open, "all" every dimension, None none. A first
-    dimension of 1 would be frozen, so it is exported at 2 where the model takes that. Raises CaptureError where
+    dimension of 1 would be frozen, so it is exported at 2 where the model takes that. `grad` is whether gradients are on
+    meanwhile: with them on, a region that the model itself puts under no_grad is kept as one. Raises CaptureError where
     torch.export refuses the model, with the user's own line.
     """
     if dynamic_shapes not in ("batch", "all", None):
@@ -37,11 +40,11 @@ def capture_export(model: torch.nn.Module, inputs: Inputs, dynamic_shapes: str |
         doubled = _doubled(inputs)
         if doubled is not inputs:
             try:
-                return _export(model, doubled, dynamic_shapes, notices)
+                return _export(model, doubled, dynamic_shapes, grad, notices)
             except CaptureError:
                 notices.append("the model does not take a batch of 2; it was captured for this batch size only")
-                return _export(model, inputs, None, notices)
-    return _export(model, inputs, dynamic_shapes, notices)
+                return _export(model, inputs, None, grad, notices)
+    return _export(model, inputs, dynamic_shapes, grad, notices)
 
 
 def _doubled(inputs: Inputs) -> Inputs:
@@ -80,10 +83,12 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _export(model: torch.nn.Module, inputs: Inputs, dynamic_shapes: str | None, notices: list[str]) -> Captured:
+def _export(
+    model: torch.nn.Module, inputs: Inputs, dynamic_shapes: str | None, grad: bool, notices: list[str]
+) -> Captured:
     flat = FlatModel(model, inputs)
     try:
-        with _quiet():
+        with _quiet(), torch.set_grad_enabled(grad):
             program = torch.export.export(
                 flat, inputs.tensors, strict=False, dynamic_shapes=_dynamic(inputs, dynamic_shapes)
             )
@@ -99,7 +104,7 @@ def _export(model: torch.nn.Module, inputs: Inputs, dynamic_shapes: str | None, 
     normalize.normalize(module)
     check.check(module, after="capture by torch.export")
     bounds = {str(symbol): _bounds(span) for symbol, span in program.range_constraints.items()}
-    return Captured(module, "export", tuple(program._guards_code), bounds, notices)
+    return Captured(module, "export", tuple(program._guards_code), bounds, notices, grad)
 
 
 def _first_lines(error: Exception) -> str:

@@ -125,7 +125,7 @@ class Captured:
     """One captured program: its module in normal form, which front end took it, under which guards.
 
     `guards` are Python expressions over `L['tensors'][i]`; `bounds` the smallest and largest sizes that symbols may
-    take. A program that was captured symbolically fits every size.
+    take; `grad` says whether gradients were on. A program that was captured symbolically fits every size.
     """
 
     module: fx.GraphModule
@@ -133,6 +133,7 @@ class Captured:
     guards: tuple[str, ...] = ()
     bounds: dict[str, tuple[int, int | None]] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
+    grad: bool = True
 
     def written_attributes(self) -> set[str]:
         """Attribute paths of the tensors that the program itself may write (counters and caches)."""

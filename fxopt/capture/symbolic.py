@@ -149,6 +149,8 @@ class _Tracer(fx.Tracer):
         self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None
     ) -> fx.Node:
         """Records a call under its one spelling."""
+        if not torch.is_grad_enabled():
+            raise fx.proxy.TraceError("the model switches gradients off for a part of itself")
         if kind in ("call_function", "call_method"):
             if target is operator.getitem or target == "__getitem__":
                 indexed = self._index(args)
@@ -320,7 +322,7 @@ def capture_symbolic(model: torch.nn.Module, inputs: Inputs | None = None) -> Ca
     tracer = _Tracer()
     names = tuple(_placeholder_name(name) for name in tensor_names)
     try:
-        with _TRACING, torch.no_grad(), _NoHiddenEffects():  # type: ignore[no-untyped-call]
+        with _TRACING, torch.enable_grad(), _NoHiddenEffects():  # type: ignore[no-untyped-call]
             graph = tracer.trace_model(flat, names)
     except Exception as error:
         raise CaptureError(
