@@ -152,7 +152,7 @@ def _of_operator(node: fx.Node, target: OpOverload) -> Effects:
         writes += _operands([given["running_mean"], given["running_var"]])
     random = torch.Tag.nondeterministic_seeded in target.tags
     if target in _MAY_RETURN_INPUT:
-        random = bool(given["train"])
+        random = bool(given["train"]) and given["p"] != 0  # at p = 0 the input comes back as it is
         viewed += _operands(given["input"])
     elif target is aten.scaled_dot_product_attention.default:
         random = given["dropout_p"] != 0.0
@@ -160,6 +160,8 @@ def _of_operator(node: fx.Node, target: OpOverload) -> Effects:
         # A composite may return its input as it is; its schema does not say so.
         viewed += node.all_input_nodes
     raises = "assert" in target._opname or target._opname.startswith("sym_constrain")
+    # What gives nothing is there for something else: an error (`_linalg_check_errors`), a message.
+    raises = raises or not target._schema.returns
     return Effects(tuple(dict.fromkeys(writes)), tuple(dict.fromkeys(viewed)), random, raises)
 
 
@@ -245,6 +247,6 @@ class Aliases:
         for writer in self.writers:
             if node < writer:
                 effects = of(writer)
-                if any(self.root(written) in roots for written in effects.writes):
+                if effects.opaque or any(self.root(written) in roots for written in effects.writes):
                     return writer
         return None

@@ -389,10 +389,11 @@ def _driver_guard(match: Match, rewriter: Rewriter) -> NoMatch | None:
             if user not in inside:
                 where = "is a result of the model" if user.op == "output" else f"is also read by {user.name}"
                 return NoMatch(f"{node.name} {where}", node)
+    for node in match.nodes:
+        if not effects.of(node).pure:
+            return NoMatch(f"{node.name} writes, draws at random, or is not known", node)
     aliases = rewriter.aliases
     if aliases.writers:
-        if not effects.of(match.root).pure or any(not effects.of(node).pure for node in match.nodes):
-            return NoMatch(f"{match.root.name} writes, draws at random, or is not known", match.root)
         first = min(match.nodes)
         values = {operand for node in match.nodes for operand in (node, *node.all_input_nodes)}
         writer = aliases.writer_between(first, match.root, values)
