@@ -31,8 +31,17 @@ class _Log(TorchDispatchMode):
         if name.endswith("_") and not name.endswith("__"):
             name = name[:-1]
         if name not in _SILENT:
-            self.calls.append((_RENAMED.get(name, name), _numbers((args, kwargs or {}))))
+            self.calls.append((_RENAMED.get(name, name), _numbers(_bound(func, args, kwargs or {}))))
         return func(*args, **(kwargs or {}))
+
+
+def _bound(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Every argument in the schema's order: defaults that one side spells out are no difference."""
+    given = dict(zip((parameter.name for parameter in func._schema.arguments), args, strict=False)) | kwargs
+    return [
+        given.get(parameter.name, parameter.default_value if parameter.has_default_value() else None)
+        for parameter in func._schema.arguments
+    ]
 
 
 def _numbers(value: Any) -> tuple[Any, ...]:
@@ -46,16 +55,24 @@ def _numbers(value: Any) -> tuple[Any, ...]:
     return (type(value).__name__, repr(value))
 
 
+def copied(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy with the same strides, because a model may write to its inputs, and only the real call may show that."""
+    twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    return twin.copy_(tensor.detach()).requires_grad_(tensor.requires_grad)
+
+
 def disagreement(original: Any, graph: fx.GraphModule, tensors: Sequence[torch.Tensor]) -> str | None:
     """None where the captured graph makes the calls that `original` (a function of flat tensors) makes, and gives what
     it gives; else the first difference."""
     with torch.random.fork_rng(devices=[]):
         state = torch.random.get_rng_state()
+        copies = [copied(tensor) for tensor in tensors]
         with _Log() as said:
-            expected = original(*tensors)
+            expected = original(*copies)
         torch.random.set_rng_state(state)
+        copies = [copied(tensor) for tensor in tensors]
         with _Log() as captured:
-            actual = fx.Interpreter(graph, garbage_collect_values=True).run(*tensors)
+            actual = fx.Interpreter(graph, garbage_collect_values=True).run(*copies)
     for index, (left, right) in enumerate(zip(said.calls, captured.calls, strict=False)):
         if left != right:
             return f"operator {index} is {left[0]} in the model and {right[0]} in the capture, or has other arguments"

@@ -192,7 +192,7 @@ class Session:
     def _disagreement(self, program: Program, inputs: Inputs) -> str | None:
         original = self._flat_original(inputs)
         try:
-            with self._state_kept():
+            with _KeptState(self.original, program.captured.module):
                 return agreement.disagreement(original, program.captured.module, inputs.tensors)
         except InputError:
             raise
@@ -215,7 +215,7 @@ class Session:
 
     def _run_original(self, inputs: Inputs, because: Exception | None = None) -> list[Any]:
         try:
-            with self._state_kept():
+            with _KeptState(self.original):
                 return _seeded(self._flat_original(inputs), inputs)
         except Exception as error:
             known = self._takes()
@@ -230,12 +230,9 @@ class Session:
         program = self.programs[0]
         return program.guards.describe(ir.interface(program.captured.module).names)
 
-    def _state_kept(self) -> _KeptState:
-        return _KeptState(self.original)
-
     def _reference(self, inputs: Inputs) -> Callable[[], list[Any]]:
         def run() -> list[Any]:
-            with self._state_kept(), torch.autocast("cpu", enabled=False):
+            with _KeptState(self.original), torch.autocast("cpu", enabled=False):
                 model = copy.deepcopy(self.original).double()
                 wide = tuple(t.double() if t.is_floating_point() else t for t in inputs.tensors)
                 return _seeded(self._flat_original(inputs, model), inputs.with_tensors(wide))
@@ -376,30 +373,25 @@ _HINT = "this is a bug in fxopt or in a plugin; disable=(...) finds the pass, an
 class _KeptState:
     """Buffers that a run writes are put back afterwards, so that comparing leaves no trace."""
 
-    def __init__(self, module: torch.nn.Module) -> None:
-        self.module = module
+    def __init__(self, *modules: torch.nn.Module) -> None:
+        self.modules = modules
 
     def __enter__(self) -> None:
-        self.held = [(tensor, tensor._version, tensor) for tensor in self.module.buffers() if not tensor.is_inference()]
-        self.copies = {id(tensor): tensor.detach().clone() for tensor, _, _ in self.held if tensor.numel() <= 1 << 16}
+        buffers = [tensor for module in self.modules for tensor in module.buffers() if not tensor.is_inference()]
+        self.held = [(tensor, tensor._version, tensor.detach().clone()) for tensor in buffers]
 
     def __exit__(self, *exception: object) -> None:
-        for tensor, version, _ in self.held:
-            if tensor._version != version and id(tensor) in self.copies:
+        for tensor, version, before in self.held:
+            if tensor._version != version:
                 with torch.no_grad():
-                    tensor.copy_(self.copies[id(tensor)])
+                    tensor.copy_(before)
 
 
 def _seeded(run: Callable[..., Any], inputs: Inputs) -> list[Any]:
     """Runs on copies of the inputs (a model may write to them), with one and the same seed each time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return list(run(*[_copied(tensor) for tensor in inputs.tensors]))
-
-
-def _copied(tensor: torch.Tensor) -> torch.Tensor:
-    twin = tensor.detach().clone(memory_format=torch.preserve_format)
-    return twin if twin.stride() == tensor.stride() else tensor.detach()
+        return list(run(*[agreement.copied(tensor) for tensor in inputs.tensors]))
 
 
 def _rare(program: Program, inputs: Inputs, setting: Setting) -> bool:
