@@ -163,8 +163,8 @@ def compare(
     return _settle(expected, actual, exact, errors, suspects)
 
 
-def _rounding(expected: torch.Tensor) -> float:
-    return ROUNDING_UNITS * unit(expected.dtype)
+def _rounding(expected: Any) -> float:
+    return ROUNDING_UNITS * unit(expected.dtype) if isinstance(expected, torch.Tensor) else 0.0
 
 
 def _settle(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import keyword
 import operator
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -98,9 +99,23 @@ def interface(module: fx.GraphModule) -> Interface:
 # -- attributes ------------------------------------------------------------------------------------------------------
 
 
-def attribute_path(name: str) -> str:
-    """`name` with an underscore behind each part that is a Python keyword, which generated code could not spell."""
-    return ".".join(part + "_" if keyword.iskeyword(part) else part for part in name.split("."))
+def attribute_path(module: fx.GraphModule, name: str) -> str:
+    """A dotted path for an attribute of the user's called `name`, made of parts that generated code can spell.
+
+    A part that is a Python keyword, or has characters that no identifier has, gets underscores; two names of the user's
+    never get one path. `module` remembers what it gave.
+    """
+    given: dict[str, str] = module.meta.setdefault("paths", {})
+    path = whole = ""
+    for part in name.split("."):
+        whole = f"{whole}.{part}" if whole else part
+        clean = re.sub(r"\W", "_", part)
+        clean += "_" * keyword.iskeyword(clean)
+        prefix = f"{path}." if path else ""
+        while given.setdefault(prefix + clean, whole) != whole:
+            clean += "_"
+        path = prefix + clean
+    return path
 
 
 def get_attribute(module: torch.nn.Module, path: str) -> Any:

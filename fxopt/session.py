@@ -95,15 +95,28 @@ class Session:
 
     def _privatise(self, captured: Captured) -> None:
         """Tensors that the program writes (counters, caches) become its own, so that the caller's stay as they are."""
+        private = {
+            tensor.untyped_storage().data_ptr()
+            for program in self.programs
+            for path in program.captured.written_attributes()
+            if (tensor := ir.get_attribute(program.captured.module, path)) is not None
+        }
+        copies: dict[int, torch.UntypedStorage] = {}
         for path in captured.written_attributes():
             held = ir.get_attribute(captured.module, path)
-            ir.delete_attribute(captured.module, path)
-            ir.set_attribute(captured.module, path, held.detach().clone())
-            if ir.has_attribute(self.original, path):
-                owner_path, _, leaf = path.rpartition(".")
-                owner = self.original.get_submodule(owner_path)
-                own = getattr(owner, leaf)
-                setattr(owner, leaf, own.detach().clone() if not isinstance(own, torch.nn.Parameter) else own)
+            place = held.untyped_storage().data_ptr()
+            if place not in private:
+                copies.setdefault(place, held.untyped_storage().clone())
+                ir.delete_attribute(captured.module, path)
+                ir.set_attribute(captured.module, path, _moved(held.detach(), copies[place]))
+        # The private original counts on in the same memory: what it is compared with has had the same calls.
+        for module in self.original.modules() if copies else ():
+            for holder in (module._parameters, module._buffers, module.__dict__):
+                for name, own in holder.items():
+                    if isinstance(own, torch.Tensor) and own.layout is torch.strided:
+                        place = own.untyped_storage().data_ptr()
+                        if place in copies:
+                            holder[name] = _moved(own, copies[place])
 
     def _capture(self, inputs: Inputs, dynamic_shapes: str | None, *, grad: bool = True) -> Program:
         start = time.perf_counter()
@@ -310,23 +323,22 @@ class Session:
     # -- tensors -----------------------------------------------------------------------------------------------------
 
     def shared_tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors that the programs read and the original has: those whose later writes would be half seen."""
-        own = {ir.identity(t): t for t in (*self.original.parameters(), *self.original.buffers())}
+        """The tensors that must stay as they are: those of the captures, whose memory is the caller's, and folded ones.
+
+        A write to one that was folded would not be seen now, but by the captures and comparisons still to come.
+        """
         found: dict[str, torch.Tensor] = {}
         for program in self.programs:
-            for name, tensor in ir.tensors(program.module).items():
-                if ir.identity(tensor) in own and not tensor.is_inference():
-                    found.setdefault(name, own[ir.identity(tensor)])
+            written = program.captured.written_attributes()
+            for module in (program.captured.module, program.module, self.after):
+                for name, tensor in ir.tensors(module).items():
+                    if name not in written and not tensor.is_inference():
+                        found.setdefault(name, tensor)
         return found
 
     def shared_versions(self) -> tuple[tuple[torch.Tensor, int], ...]:
-        """Each shared tensor and the version it has now."""
-        if self.converted:
-            return ()
-        written: set[str] = set()
-        for program in self.programs:
-            written |= program.captured.written_attributes()
-        return tuple((t, t._version) for name, t in self.shared_tensors().items() if name not in written)
+        """Each tensor that must stay as it is, and the version it has now."""
+        return tuple((tensor, tensor._version) for tensor in self.shared_tensors().values())
 
     def converts(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> bool:
         """Whether a conversion changes any tensor."""
@@ -368,6 +380,16 @@ class Session:
 
 
 _HINT = "this is a bug in fxopt or in a plugin; disable=(...) finds the pass, and a report is welcome"
+
+
+def _moved(held: torch.Tensor, storage: torch.UntypedStorage) -> torch.Tensor:
+    """The same view of another storage."""
+    empty = torch.empty(0, dtype=held.dtype, device=held.device)
+    with torch.no_grad():
+        twin = empty.set_(storage, held.storage_offset(), held.shape, held.stride())
+    if isinstance(held, torch.nn.Parameter):
+        return torch.nn.Parameter(twin, requires_grad=held.requires_grad)
+    return twin
 
 
 class _KeptState:

@@ -181,7 +181,8 @@ def _refuse_unknown(program: torch.export.ExportedProgram) -> None:
 
 def _attribute(module: fx.GraphModule, program: torch.export.ExportedProgram, spec: Any, node: fx.Node) -> fx.Node:
     held = program.constants.get(spec.target) if spec.target in program.constants else program.state_dict[spec.target]
-    path = ir.attribute_path(strip_root(spec.target))
+    name = strip_root(spec.target)
+    path = ir.attribute_path(module, name)
     if isinstance(held, torch.nn.Parameter):
         held = torch.nn.Parameter(held.detach(), requires_grad=False)
     elif isinstance(held, torch.Tensor):
@@ -190,7 +191,7 @@ def _attribute(module: fx.GraphModule, program: torch.export.ExportedProgram, sp
         raise CaptureError(f"the model holds {spec.target}, a {type(held).__name__}, which fxopt does not know")
     ir.set_attribute(module, path, held)
     found = module.graph.get_attr(path)
-    found.meta = {"val": node.meta.get("val"), "origin": (ir.Origin(path.rpartition(".")[0], ""),)}
+    found.meta = {"val": node.meta.get("val"), "origin": (ir.Origin(name.rpartition(".")[0], ""),)}
     return found
 
 

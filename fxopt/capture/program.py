@@ -147,7 +147,10 @@ class Captured:
 
 
 def private_copy(model: torch.nn.Module) -> torch.nn.Module:
-    """The model's modules copied, in eval mode, sharing every tensor with the caller's, which stays as it was.
+    """The model's modules copied, in eval mode, sharing the memory of every tensor with the caller's.
+
+    The tensors themselves are the copy's own, so that what `model.half()` or `model.to(device)` puts into the caller's
+    is not seen here; a write to the memory shows in the version, which both have in common.
 
     Raises UsageError for what is not a module, and CaptureError where it cannot be copied.
     """
@@ -160,7 +163,7 @@ def private_copy(model: torch.nn.Module) -> torch.nn.Module:
     for module in model.modules():
         for held in (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()):
             if isinstance(held, torch.Tensor):
-                memo[id(held)] = held
+                memo[id(held)] = _same_memory(held)
     try:
         twin = copy.deepcopy(model, memo)
     except Exception as error:
@@ -169,6 +172,18 @@ def private_copy(model: torch.nn.Module) -> torch.nn.Module:
             hint="remove what copy.deepcopy refuses (open files, locks, generators) from the module's attributes",
         ) from error
     return twin.eval()
+
+
+def _same_memory(held: torch.Tensor) -> torch.Tensor:
+    """Another tensor of the same memory and version; subclasses, which may hold more, stay themselves."""
+    if type(held) is torch.nn.Parameter:
+        twin: torch.Tensor = torch.nn.Parameter(held.detach(), requires_grad=held.requires_grad)
+    elif type(held) is torch.Tensor:
+        twin = held.detach().requires_grad_(held.requires_grad)
+    else:
+        return held
+    twin.__dict__.update(held.__dict__)
+    return twin
 
 
 def user_line(skip: int = 1) -> str:

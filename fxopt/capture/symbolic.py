@@ -353,7 +353,8 @@ def _attach(module: fx.GraphModule, root: torch.nn.Module, tracer: fx.Tracer) ->
         if node.op not in ("get_attr", "call_module"):
             continue
         held = ir.get_attribute(root, node.target)
-        path = ir.attribute_path(strip_root(node.target))
+        name = strip_root(node.target)
+        path = ir.attribute_path(module, name)
         if isinstance(held, torch.Tensor) and not isinstance(held, torch.nn.Parameter):
             held = held.detach()
         elif isinstance(held, torch.nn.Parameter):
@@ -361,7 +362,7 @@ def _attach(module: fx.GraphModule, root: torch.nn.Module, tracer: fx.Tracer) ->
         if not ir.has_attribute(module, path):
             ir.set_attribute(module, path, held)
         node.target = path
-        node.meta.setdefault("origin", (ir.Origin(path.rpartition(".")[0], ""),))
+        node.meta.setdefault("origin", (ir.Origin(name.rpartition(".")[0], ""),))
 
 
 __all__ = ["capture_symbolic", "pytree", "required_inputs"]
