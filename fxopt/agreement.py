@@ -56,9 +56,16 @@ def _numbers(value: Any) -> tuple[Any, ...]:
 
 
 def copied(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy with the same strides, because a model may write to its inputs, and only the real call may show that."""
-    twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-    return twin.copy_(tensor.detach()).requires_grad_(tensor.requires_grad)
+    """A copy with the same strides, because a model may write to its inputs, and only the real call may show that.
+
+    Where strides leave gaps or overlap (`expand`), the memory that they span is copied.
+    """
+    plain = tensor.detach()
+    twin = plain.clone(memory_format=torch.preserve_format)
+    if twin.layout is torch.strided and twin.numel() and twin.stride() != plain.stride():
+        span = 1 + sum((size - 1) * stride for size, stride in zip(plain.shape, plain.stride(), strict=True))
+        twin = plain.as_strided((span,), (1,)).clone().as_strided(plain.shape, plain.stride())
+    return twin.requires_grad_(tensor.requires_grad)
 
 
 def disagreement(original: Any, graph: fx.GraphModule, tensors: Sequence[torch.Tensor]) -> str | None:
