@@ -41,7 +41,6 @@ _FRESH_COMPOSITES = frozenset(
         aten.upsample_nearest2d.vec,
         aten.upsample_bilinear2d.vec,
         aten.embedding.default,
-        aten.pixel_shuffle.default,
     }
 )
 
@@ -148,8 +147,9 @@ def _of_operator(node: fx.Node, target: OpOverload) -> Effects:
         if parameter.alias_info.is_write:
             writes += operands
         viewed += operands
-    if target is aten.batch_norm.default and given["training"]:
-        writes += _operands([given["running_mean"], given["running_var"]])
+    if given.get("training") or given.get("use_input_stats"):
+        # Norms update their running statistics; the schemas of the high-level ones do not say so.
+        writes += _operands([given.get("running_mean"), given.get("running_var")])
     random = torch.Tag.nondeterministic_seeded in target.tags
     if target in _MAY_RETURN_INPUT:
         random = bool(given["train"]) and given["p"] != 0  # at p = 0 the input comes back as it is

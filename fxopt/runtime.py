@@ -56,8 +56,11 @@ class CompiledModule(torch.nn.Module):
         Raises InputError where the model does not take them, StaleWeightsError where a shared weight was written.
         """
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        key = _signature(leaves, spec)
-        ready = self._ready.get(key)
+        try:
+            key = _signature(leaves, spec)
+            ready = self._ready.get(key)
+        except (TypeError, RuntimeError):  # an argument that cannot be a key is refused by name in `_specialise`
+            key = ready = None
         if ready is None:
             ready = self._specialise(args, kwargs, key)
         for tensor, version in self._versions:
@@ -112,9 +115,9 @@ class CompiledModule(torch.nn.Module):
 
     def diff(self, pass_name: str | None = None) -> Any:
         """The graph before and after, to save as a picture: of all passes, or of one."""
-        from fxopt import diff
+        from fxopt import graphdiff
 
-        return diff.of_compiled(self, pass_name)
+        return graphdiff.of_compiled(self, pass_name)
 
     @property
     def captured_graph(self) -> fx.GraphModule:
@@ -209,12 +212,7 @@ def _restore(state: dict[str, Any]) -> CompiledModule:
 
 
 def _signature(leaves: list[Any], spec: pytree.TreeSpec) -> Any:
-    parts = [
-        (leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad)
-        if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided
-        else _constant(leaf)
-        for leaf in leaves
-    ]
+    parts = [_tensor_key(leaf) if isinstance(leaf, torch.Tensor) else (type(leaf), leaf) for leaf in leaves]
     return (
         tuple(parts),
         spec,
@@ -226,12 +224,9 @@ def _signature(leaves: list[Any], spec: pytree.TreeSpec) -> Any:
     )
 
 
-def _constant(leaf: Any) -> Any:
-    try:
-        hash(leaf)
-    except TypeError:
-        return (type(leaf), id(leaf))
-    return (type(leaf), leaf)
+def _tensor_key(leaf: torch.Tensor) -> Any:
+    strides = leaf.stride() if leaf.layout is torch.strided else leaf.layout
+    return (leaf.shape, strides, leaf.dtype, leaf.device, leaf.requires_grad)
 
 
 def _presentable(module: fx.GraphModule) -> fx.GraphModule:

@@ -19,7 +19,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from fxopt import agreement, ir, plugins
-from fxopt.capture import Captured, Inputs, capture_export, capture_symbolic
+from fxopt.capture import Captured, Inputs, capture_export, capture_symbolic, private_copy
 from fxopt.capture.program import register_dataclasses
 from fxopt.compare import Verdict, compare
 from fxopt.errors import CaptureError, FxoptError, InputError, VerificationError
@@ -60,7 +60,7 @@ class Session:
     def start_symbolic(self) -> None:
         """Captures without inputs. Raises CaptureError where the model cannot be traced."""
         start = time.perf_counter()
-        captured = capture_symbolic(self.original)
+        captured = capture_symbolic(private_copy(self.original))
         self._adopt(captured, {"capture": time.perf_counter() - start}, None)
 
     def start_empty(self, notices: list[str]) -> None:
@@ -121,7 +121,8 @@ class Session:
     def _capture(self, inputs: Inputs, dynamic_shapes: str | None, *, grad: bool = True) -> Program:
         start = time.perf_counter()
         try:
-            captured = capture_export(self.original, inputs, dynamic_shapes, grad=grad)
+            # A forward that keeps what it computes (a cache in an attribute) must not leave a proxy in the original.
+            captured = capture_export(private_copy(self.original), inputs, dynamic_shapes, grad=grad)
         except CaptureError as error:
             # Inputs that the original itself refuses are the caller's mistake, not a capture that failed.
             self._run_original(inputs, because=error)
@@ -199,7 +200,7 @@ class Session:
             if first:
                 self.start_empty([])
             program = self._capture(inputs, None, grad=grad)
-            program.report.notices.append(f"captured for these sizes only: {difference}")
+            program.report.notices.append(f"captured for these inputs only: {difference}")
         return program
 
     def _disagreement(self, program: Program, inputs: Inputs) -> str | None:

@@ -7,6 +7,7 @@ import dataclasses
 import os
 import sys
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -16,13 +17,32 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from fxopt import effects, ir
-from fxopt.errors import CaptureError, UsageError
+from fxopt.errors import CaptureError, InputError, UsageError
 
 _TORCH = str(Path(torch.__file__).parent) + os.sep
 _FXOPT = str(Path(__file__).parent.parent) + os.sep
 
 #: Under this name the model hangs in the module that is captured; attribute names lose it again.
 ROOT = "model"
+
+
+#: Arguments beside tensors: immutable, so that a program captured for one value is right whenever that value is given.
+CONSTANT_TYPES = (
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    Enum,
+    range,
+    slice,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+)
 
 
 def register_dataclasses(value: Any) -> None:
@@ -50,9 +70,16 @@ class Inputs:
 
     @classmethod
     def flatten(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
-        """Takes a call's arguments apart."""
+        """Takes a call's arguments apart. Raises InputError for what can be neither a tensor nor a constant."""
         register_dataclasses((args, kwargs))
         found, spec = pytree.tree_flatten_with_path((tuple(args), dict(kwargs)))
+        for path, leaf in found:
+            if not isinstance(leaf, (torch.Tensor, *CONSTANT_TYPES)):
+                raise InputError(
+                    f"{_name(path)} is a {type(leaf).__module__}.{type(leaf).__qualname__}, which cannot be an input",
+                    hint="pass tensors, numbers, strings, None, and tuples, lists, dicts or dataclasses of them; other "
+                    "containers after torch.utils._pytree.register_pytree_node",
+                )
         return cls(tuple(leaf for _, leaf in found), spec, tuple(_name(path) for path, _ in found))
 
     @property

@@ -330,6 +330,7 @@ def capture_symbolic(model: torch.nn.Module, inputs: Inputs | None = None) -> Ca
             line=user_line_of_error(error),
             hint="give example inputs, fxopt.compile(model, (x,)): torch.export then sees shapes and values",
         ) from error
+    _refuse_kept_proxies(model)
     for name, proxy in zip(tensor_names, graph.find_nodes(op="placeholder"), strict=True):
         proxy.meta["origin"] = (ir.Origin("", name),)
     assert flat.structure.spec is not None
@@ -338,6 +339,17 @@ def capture_symbolic(model: torch.nn.Module, inputs: Inputs | None = None) -> Ca
     normalize.normalize(module)
     check.check(module, after="symbolic capture")
     return Captured(module, "symbolic")
+
+
+def _refuse_kept_proxies(model: torch.nn.Module) -> None:
+    """A forward that stores what it computes in an attribute reads it again later: tracing would freeze the first."""
+    for path, module in model.named_modules():
+        for name, held in module.__dict__.items():
+            if isinstance(held, fx.Proxy):
+                raise CaptureError(
+                    f"forward keeps a computed value in {path + '.' if path else ''}{name}",
+                    hint="give example inputs, or return the value instead of keeping it",
+                )
 
 
 def _placeholder_name(name: str) -> str:
