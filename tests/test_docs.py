@@ -1,0 +1,119 @@
+"""The documentation is true: its code runs, its links lead somewhere, and no check and no pass is left out.
+
+Every ```python block of a page runs in order in one namespace per page, so that a page reads as one session. A block
+that begins with `>>>` is a doctest.
+"""
+
+from __future__ import annotations
+
+import doctest
+import re
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from fxopt import check, plugins
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+DOCS = CHECKOUT / "docs"
+PAGES = (CHECKOUT / "README.md", *sorted(DOCS.rglob("*.md")))
+PASS_PAGES = DOCS / "passes"
+BLOCK = re.compile(r"^```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"(?<!`)\[[^\]\n]*\]\((?P<target>[^)\s]+)\)")
+#: A file of the project, named in prose: `fxopt/check.py`.
+FILE = re.compile(r"`(?P<path>(?:fxopt|passes|tests|docs)/[\w/.-]+\.\w+)`")
+DOCTEST_OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+
+
+def place(page: Path) -> str:
+    """A page's path as it is shown in test names and messages."""
+    return page.relative_to(CHECKOUT).as_posix()
+
+
+def blocks(page: Path, kind: str) -> Iterator[tuple[int, str]]:
+    """The fenced blocks of one kind: the line of the page on which each begins, and its text."""
+    text = page.read_text(encoding="utf-8")
+    for found in BLOCK.finditer(text):
+        if found["kind"] == kind:
+            yield text.count("\n", 0, found.start("text")) + 1, textwrap.dedent(found["text"])
+
+
+def run_doctest(text: str, scope: dict[str, Any], page: Path, line: int) -> None:
+    """Runs one block of examples; AssertionError with what was expected and what came."""
+    said: list[str] = []
+    test = doctest.DocTestParser().get_doctest(text, {}, place(page), str(page), line - 1)
+    test.globs = scope  # the parser takes a copy; names of one block are the next one's
+    doctest.DocTestRunner(optionflags=DOCTEST_OPTIONS).run(test, out=said.append, clear_globs=False)
+    assert not said, "".join(said)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if any(blocks(page, "python"))], ids=place)
+def test_the_code_of_a_page_runs_in_order(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    registered = dict(plugins._registered)
+    threads = torch.get_num_threads()
+    module = ModuleType("docs_page")
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # where dataclasses and pickle look for it
+    scope = vars(module)
+    try:
+        for line, text in blocks(page, "python"):
+            if text.startswith(">>>"):
+                run_doctest(text, scope, page, line)
+            else:
+                exec(compile("\n" * (line - 1) + text, str(page), "exec", dont_inherit=True), scope)
+    finally:
+        torch.set_num_threads(threads)
+        for name in set(plugins._registered) - set(registered):
+            plugins.unregister(name)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=place)
+def test_the_links_of_a_page_lead_somewhere(page: Path) -> None:
+    prose = BLOCK.sub("", page.read_text(encoding="utf-8"))
+    targets = {found["target"].partition("#")[0] for found in LINK.finditer(prose)}
+    local = {target for target in targets if target and "://" not in target}
+    assert {target for target in local if not (page.parent / target).exists()} == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=place)
+def test_the_files_that_a_page_names_exist(page: Path) -> None:
+    named = {found["path"] for found in FILE.finditer(page.read_text(encoding="utf-8"))}
+    assert {path for path in named if not (CHECKOUT / path).exists()} == set()
+
+
+@pytest.mark.parametrize("name", check.summary())
+def test_the_contract_page_has_each_check(name: str) -> None:
+    assert f"`{name}`" in (DOCS / "ir.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", [current.name for current in plugins.default_pipeline()])
+def test_each_pass_of_the_default_pipeline_has_its_page(name: str) -> None:
+    page = (PASS_PAGES / f"{name}.md").read_text(encoding="utf-8")
+    assert page.startswith(f"# {name}\n")
+    current = plugins.named(name)
+    assert [rule.name for rule in current.rules if f"`{rule.name}`" not in page] == []
+    assert current.numerics in page
+
+
+def test_every_page_is_on_the_map() -> None:
+    index = (DOCS / "README.md").read_text(encoding="utf-8")
+    linked = {(DOCS / found["target"].partition("#")[0]).resolve() for found in LINK.finditer(index)}
+    assert [place(page) for page in PAGES if page.parent != CHECKOUT and page not in linked | {DOCS / "README.md"}] == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "file"),
+    [("python", "fxopt_example_plugin.py"), ("toml", "pyproject.toml")],
+    ids=["the pass", "its distribution"],
+)
+def test_the_page_on_writing_a_pass_shows_the_example_plugin_as_it_is(kind: str, file: str) -> None:
+    source = (CHECKOUT / "tests" / "example_plugin" / file).read_text(encoding="utf-8")
+    assert source in [text for _, text in blocks(DOCS / "writing-a-pass.md", kind)]
