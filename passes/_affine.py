@@ -8,28 +8,69 @@ Folded in float64 and rounded once to the weight's dtype. Channels are dim 1 of 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fxopt import NoMatch, Rewriter, ir, ops
-from fxopt.rewrite import UNKNOWN
 from torch import fx
+
+from fxopt import NoMatch, Rewriter, ir, ops
 
 aten = torch.ops.aten
 
-CONVOLUTIONS: tuple[Any, ...] = (*ops.CONVOLUTION_TARGETS, *ops.STRING_PADDED_TARGETS)
-LAYERS: tuple[Any, ...] = (*CONVOLUTIONS, aten.linear.default)
+LINEARS: tuple[Any, ...] = (aten.linear.default, ops.linear)
+#: Layers whose result a map can scale.
+LAYERS: tuple[Any, ...] = (*ops.CONVOLUTION_TARGETS, *ops.STRING_PADDED_TARGETS, aten.linear.default)
+#: Layers whose input a map can scale: an epilogue behind the layer is out of its way.
+LAYERS_AND_FUSED: tuple[Any, ...] = (*LAYERS, ops.convolution, ops.linear)
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Map:
+    """y = scale*x + shift: float64 vectors of one length, one entry per channel or one for all."""
+
+    scale: torch.Tensor
+    shift: torch.Tensor
+
+    @property
+    def entries(self) -> int:
+        """How many channels the map tells apart."""
+        return self.scale.numel()
+
+    @property
+    def shifts(self) -> bool:
+        """Whether the shift is anything but zero."""
+        return bool((self.shift != 0).any())
+
+    def after(self, first: Map) -> Map:
+        """The map that does `first` and then this one."""
+        return Map(self.scale * first.scale, self.scale * first.shift + self.shift)
+
+
+# -- layers ----------------------------------------------------------------------------------------------------------
 
 
 def is_linear(layer: fx.Node) -> bool:
     """Whether a layer is a linear one, not a convolution."""
-    return layer.target is aten.linear.default
+    return layer.target in LINEARS
 
 
 def is_transposed(layer: fx.Node) -> bool:
     """Whether a layer is a transposed convolution, whose weight is (in, out/groups, k...)."""
+    if layer.target is ops.convolution:
+        return bool(ir.argument(layer, "transposed"))
     return layer.target in ops.TRANSPOSED_TARGETS
+
+
+def is_padded(layer: fx.Node) -> bool:
+    """Whether zeros from padding enter the sums of a layer."""
+    if is_linear(layer):
+        return False
+    padding = ir.argument(layer, "padding")
+    if isinstance(padding, str):
+        return padding != "valid"
+    return any(pad != 0 for pad in (padding if isinstance(padding, (list, tuple)) else [padding]))
 
 
 def groups_of(layer: fx.Node) -> int:
@@ -44,6 +85,11 @@ def weight_of(layer: fx.Node) -> torch.Tensor:
     return weight
 
 
+def bias_of(layer: fx.Node) -> torch.Tensor | None:
+    """The constant bias of a layer, if it has one."""
+    return ir.tensor(ir.argument(layer, "bias"))
+
+
 def output_channels(layer: fx.Node) -> int:
     """How many channels a layer gives."""
     weight = weight_of(layer)
@@ -56,102 +102,128 @@ def input_channels(layer: fx.Node) -> int:
     return weight.shape[0] if is_transposed(layer) else weight.shape[1] * groups_of(layer)
 
 
-def weights_guard(layer: fx.Node) -> NoMatch | None:
-    """The weight is of a plain floating dtype, finite, and not known to change."""
-    weight = weight_of(layer)
-    if weight.dtype not in _FLOATS or weight.is_quantized:
-        return NoMatch(f"the weight is {weight.dtype}, not floating point", layer)
-    if weight.is_meta:
-        return NoMatch("the weight is on the meta device and has no values", layer)
-    if not bool(torch.isfinite(weight).all()):
-        return NoMatch("the weight holds NaN or infinity", layer)
-    bias = ir.tensor(ir.argument(layer, "bias"))
-    if bias is not None and not bool(torch.isfinite(bias).all()):
-        return NoMatch("the bias holds NaN or infinity", layer)
+# -- guards ----------------------------------------------------------------------------------------------------------
+
+
+def plain_guard(value: torch.Tensor | None, what: str, node: fx.Node) -> NoMatch | None:
+    """A constant is a dense floating-point tensor whose numbers are there and finite."""
+    if value is None:
+        return None
+    if type(value) is not torch.Tensor or value.layout is not torch.strided:
+        return NoMatch(f"{what} is a {type(value).__name__} of layout {value.layout}, not a plain dense tensor", node)
+    if value.dtype not in _FLOATS:
+        return NoMatch(f"{what} is {value.dtype}, not floating point", node)
+    if value.is_meta:
+        return NoMatch(f"{what} is on the meta device and has no values", node)
+    if not bool(torch.isfinite(value).all()):
+        return NoMatch(f"{what} holds NaN or infinity", node)
     return None
 
 
-def channels_guard(layer: fx.Node, value: fx.Node, have: int, channels: int) -> NoMatch | None:
-    """A map of `channels` entries along dim 1 of `value` (input or result of `layer`) runs along its `have` channels."""
-    rank = ir.rank(value)
-    if rank is None:
-        return NoMatch(f"{UNKNOWN}the rank of {value.name} says where its channels are", value)
-    wanted = 2 if is_linear(layer) else weight_of(layer).dim()
-    if rank != wanted and not (is_linear(layer) and channels == 1):
-        where = (
-            f"{value.name} has {rank} dimensions: dim 1 is not the features, which are last"
-            if is_linear(layer)
-            else f"{value.name} has {rank} dimensions: the convolution is unbatched, and dim 1 is not its channels"
-        )
-        return NoMatch(where, value)
-    if channels != have and channels != 1:
-        return NoMatch(f"the norm has {channels} channels, {layer.name} {have}", layer)
+def layer_guard(layer: fx.Node) -> NoMatch | None:
+    """A layer's weight and bias are plain, finite, and of the usual shapes."""
+    weight, bias = weight_of(layer), bias_of(layer)
+    refusal = plain_guard(weight, "the weight", layer) or plain_guard(bias, "the bias", layer)
+    if refusal is not None:
+        return refusal
+    if weight.numel() == 0:
+        return NoMatch("the layer has no channels", layer)
+    if is_linear(layer) and weight.dim() != 2:
+        return NoMatch(f"the linear layer's weight has {weight.dim()} dimensions, not 2", layer)
+    if bias is not None and tuple(bias.shape) != (output_channels(layer),):
+        return NoMatch(f"the bias has the shape {tuple(bias.shape)}, not one number per channel", layer)
     return None
 
 
-def finite_guard(scale: torch.Tensor, shift: torch.Tensor, layer: fx.Node) -> NoMatch | None:
-    """The map is finite, and stays so in the weight's dtype."""
-    if not bool(torch.isfinite(scale).all() and torch.isfinite(shift).all()):
-        return NoMatch("the folded scale or shift is not finite", layer)
-    weight = weight_of(layer)
-    widest = torch.finfo(weight.dtype).max
-    size = float(weight.abs().max()) if weight.numel() else 0.0
-    if float(scale.abs().max()) * max(size, 1.0) > widest or float(shift.abs().max()) > widest:
-        return NoMatch(f"the folded weight would leave the range of {weight.dtype}", layer)
+def fold_after_guard(layer: fx.Node, outer: Map) -> NoMatch | None:
+    """The folded weight and bias of `fold_after` are finite and within the weight's dtype."""
+    refusal = _finite(layer, outer)
+    if refusal is not None:
+        return refusal
+    bias = bias_of(layer)
+    folded = outer.shift if bias is None else bias.double() * outer.scale + outer.shift
+    return range_guard(layer, weight_of(layer).dtype, _sizes(layer, output=True) * outer.scale.abs(), folded.abs())
+
+
+def fold_before_guard(layer: fx.Node, inner: Map) -> NoMatch | None:
+    """The folded weight and bias of `fold_before` are finite and within the weight's dtype; zero padding stays zero."""
+    refusal = _finite(layer, inner)
+    if refusal is not None:
+        return refusal
+    if inner.shifts:
+        if is_transposed(layer):
+            return NoMatch("the shift cannot enter a transposed convolution, whose taps vary by position", layer)
+        if is_padded(layer):
+            return NoMatch("the convolution pads with zeros, which the shift does not reach", layer)
+    bias, sizes = bias_of(layer), _sizes(layer, output=False)
+    reach = (sizes * inner.shift.abs()).sum() * weight_of(layer)[0, 0].numel()
+    largest = reach if bias is None else reach + bias.double().abs()
+    return range_guard(layer, weight_of(layer).dtype, sizes * inner.scale.abs(), largest)
+
+
+def _finite(layer: fx.Node, moved: Map) -> NoMatch | None:
+    if bool(torch.isfinite(moved.scale).all() and torch.isfinite(moved.shift).all()):
+        return None
+    return NoMatch("the folded scale or shift is not finite", layer)
+
+
+def range_guard(node: fx.Node, dtype: torch.dtype, scales: torch.Tensor, shifts: torch.Tensor) -> NoMatch | None:
+    """The largest folded weight of each channel, and the largest biases, neither overflow `dtype` nor vanish in it."""
+    limits = torch.finfo(dtype)
+    if not float(torch.maximum(scales.max(), shifts.max())) <= limits.max:
+        return NoMatch(f"the folded weight or bias would leave the range of {dtype}", node)
+    # Dead channels of trained networks have weights of 1e-40, which matter nowhere. float16 ends so much earlier
+    # (6e-5) that each of its channels is asked.
+    asked = scales if dtype is torch.float16 else scales.max()
+    if bool(((asked > 0) & (asked < limits.smallest_normal)).any()):
+        return NoMatch(f"the folded weight would vanish among the subnormal numbers of {dtype}", node)
     return None
 
 
-def output_view(layer: fx.Node, scale: torch.Tensor) -> torch.Tensor:
-    """`scale` (one per output channel, or one) in the shape that multiplies the weight."""
+def _sizes(layer: fx.Node, *, output: bool) -> torch.Tensor:
+    """The largest |weight| of each output (or input) channel, in float64."""
+    weight = weight_of(layer).abs()
+    if output is not is_transposed(layer):
+        return weight.flatten(1).amax(1).double()
+    # (a, b/groups, k...) by its second channels: a = groups x a/groups.
+    grouped = weight.reshape(groups_of(layer), -1, weight.shape[1], weight[0, 0].numel())
+    return grouped.amax((1, 3)).reshape(-1).double()
+
+
+# -- folding ---------------------------------------------------------------------------------------------------------
+
+
+def _first_view(layer: fx.Node, entries: torch.Tensor) -> torch.Tensor:
+    """One entry per first channel of the weight (or one for all), in the shape that multiplies the weight."""
     weight = weight_of(layer)
-    scale = scale.expand(output_channels(layer))
-    if not is_transposed(layer):
-        return scale.reshape(-1, *[1] * (weight.dim() - 1))
-    # (in, out/groups, k...): input channel i belongs to group i // (in/groups).
-    groups = groups_of(layer)
-    per_group = scale.reshape(groups, 1, -1).expand(groups, weight.shape[0] // groups, -1)
-    return per_group.reshape(weight.shape[0], -1, *[1] * (weight.dim() - 2))
+    return entries.expand(weight.shape[0]).reshape(-1, *[1] * (weight.dim() - 1))
 
 
-def input_view(layer: fx.Node, scale: torch.Tensor) -> torch.Tensor:
-    """`scale` (one per input channel, or one) in the shape that multiplies the weight."""
-    weight = weight_of(layer)
-    scale = scale.expand(input_channels(layer))
-    if is_transposed(layer):
-        return scale.reshape(-1, *[1] * (weight.dim() - 1))
-    groups = groups_of(layer)
-    per_group = scale.reshape(groups, 1, -1).expand(groups, weight.shape[0] // groups, -1)
-    return per_group.reshape(weight.shape[0], -1, *[1] * (weight.dim() - 2))
+def _second_view(layer: fx.Node, entries: torch.Tensor) -> torch.Tensor:
+    """One entry per second channel (each group has its own), in the shape that multiplies (a, b/groups, k...)."""
+    weight, groups = weight_of(layer), groups_of(layer)
+    per_group = entries.expand(weight.shape[1] * groups).reshape(groups, 1, -1)
+    rows = per_group.expand(groups, weight.shape[0] // groups, -1)
+    return rows.reshape(*weight.shape[:2], *[1] * (weight.dim() - 2))
 
 
-def is_padded(layer: fx.Node) -> bool:
-    """Whether zeros from padding enter the sums of a layer."""
-    if is_linear(layer):
-        return False
-    padding = ir.argument(layer, "padding")
-    return isinstance(padding, str) or any(pad != 0 for pad in padding)
+def fold_after(layer: fx.Node, outer: Map, rewriter: Rewriter) -> fx.Node:
+    """The layer that gives scale*layer + shift; the map is per output channel."""
+    view = _second_view if is_transposed(layer) else _first_view
+    weight, bias = weight_of(layer).double(), bias_of(layer)
+    folded = outer.shift if bias is None else bias.double() * outer.scale + outer.shift
+    return rebuild(layer, weight * view(layer, outer.scale), folded.expand(output_channels(layer)), rewriter)
 
 
-def fold_after(layer: fx.Node, scale: torch.Tensor, shift: torch.Tensor, rewriter: Rewriter) -> fx.Node:
-    """The layer that gives scale*layer + shift (float64, one per output channel or one)."""
-    weight = weight_of(layer).double()
-    bias = ir.tensor(ir.argument(layer, "bias"))
-    bias = weight.new_zeros(output_channels(layer)) if bias is None else bias.double()
-    return rebuild(layer, weight * output_view(layer, scale), bias * scale + shift, rewriter)
-
-
-def fold_before(
-    layer: fx.Node, source: fx.Node, scale: torch.Tensor, shift: torch.Tensor, rewriter: Rewriter
-) -> fx.Node:
-    """The layer of `source` that gives layer(scale*source + shift) (float64, one per input channel or one)."""
-    weight = weight_of(layer).double()
-    bias = ir.tensor(ir.argument(layer, "bias"))
-    folded: torch.Tensor | None = None if bias is None else bias.double()
-    if bool((shift != 0).any()):
-        added = weight * input_view(layer, shift)
-        added = added.sum(dim=tuple(range(1, added.dim())))
+def fold_before(layer: fx.Node, source: fx.Node, inner: Map, rewriter: Rewriter) -> fx.Node:
+    """The layer of `source` that gives layer(scale*source + shift); the map is per input channel."""
+    view = _first_view if is_transposed(layer) else _second_view
+    weight, bias = weight_of(layer).double(), bias_of(layer)
+    folded = None if bias is None else bias.double()
+    if inner.shifts:
+        added = (weight * view(layer, inner.shift)).flatten(1).sum(1)
         folded = added if folded is None else folded + added
-    return rebuild(layer, weight * input_view(layer, scale), folded, rewriter, source)
+    return rebuild(layer, weight * view(layer, inner.scale), folded, rewriter, source)
 
 
 def rebuild(
@@ -167,11 +239,9 @@ def rebuild(
     path = str(given["weight"].target)
     home = path.rpartition(".")[0]
     given["weight"] = rewriter.constant(weight.to(old.dtype), f"{path}_folded")
-    given["bias"] = (
-        None
-        if bias is None
-        else rewriter.constant(bias.to(old.dtype), f"{home}.bias_folded" if home else "bias_folded")
-    )
+    given["bias"] = None
+    if bias is not None:
+        given["bias"] = rewriter.constant(bias.to(old.dtype), f"{home}.bias_folded" if home else "bias_folded")
     if source is not None:
         given["input"] = source
     return rewriter.call(layer.target, **given)

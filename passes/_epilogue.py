@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import fx
+
 from fxopt import Match, NoMatch, ir, ops
 from fxopt.rewrite import UNKNOWN
-from torch import fx
 
 
 def activation_guard(match: Match, layer: dict[str, Any]) -> NoMatch | None:
@@ -36,6 +37,8 @@ def residual_guard(
         return NoMatch(f"{layer.name} already has an epilogue in front of the sum", layer)
     if not isinstance(residual, fx.Node):
         return NoMatch(f"a number ({residual!r}) is added, not a residual", match.root)
+    if residual is layer:
+        return NoMatch(f"{layer.name} is added to itself", match.root)
     alpha = ir.argument(match.node("sum"), "alpha")
     if alpha != 1:
         return NoMatch(f"the residual is scaled by alpha={alpha!r}", match.root)

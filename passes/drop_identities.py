@@ -3,12 +3,13 @@
     dropout(x), inference              ->  x       and feature, alpha, feature-alpha dropout
     x.to(its own dtype and device)     ->  x       contiguous() of what is contiguous
     reshape, expand, permute, slice    ->  x       to the same shape, in the same order, of everything
-    pad by zeros, pool of one element  ->  x
+    pad by zeros, max pool of one element  ->  x
     x * 1, x / 1, x - 0, x + -0.0, clone(x)  ->  x   unless the copy itself matters
 
 Legal when: the operation gives back its input's values with the same shape, dtype, device and strides. Where it hands
-out the very same memory (dropout), so does its input. Where it makes a fresh tensor (x * 1), the result must not be the
-model's, nor an alias of one, and nothing may write to either. x + 0 is not x for x = -0.0.
+out the very same tensor (dropout), so does its input. Where it makes another view of it (reshape), the view is not the
+model's result, and nobody writes to it. Where it makes a fresh tensor (x * 1), the result must not be the model's, nor
+an alias of one, and nothing may write to either. x + 0 is not x for x = -0.0, and neither is an average of one element.
 Numerics: the same bits.
 """
 
@@ -17,37 +18,59 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from fxopt import Pass, Rewriter, ir
-from fxopt.rewrite import UNKNOWN
 from torch import fx
+
+from fxopt import UNKNOWN, NoMatch, Pass, Rewriter, effects, ir
 
 aten = torch.ops.aten
 
-_DROPOUTS = (
+#: These give back the very tensor that they were given.
+_SAME = (
     aten.dropout.default,
     aten.feature_dropout.default,
     aten.alpha_dropout.default,
     aten.feature_alpha_dropout.default,
+    aten.contiguous.default,
+    aten.type_as.default,
 )
+_DROPOUTS = _SAME[:4]
+#: So do these, unless a memory format makes them copy.
+_CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout)
+#: These make another tensor of the same memory.
 _VIEWS = (
     aten.reshape.default,
     aten.expand.default,
     aten.permute.default,
     aten.slice.Tensor,
     aten.flatten.using_ints,
-    aten.to.dtype,
-    aten.to.device,
-    aten.to.dtype_layout,
-    aten.contiguous.default,
-    aten.type_as.default,
 )
-_FRESH = (aten.mul.Tensor, aten.div.Tensor, aten.sub.Tensor, aten.add.Tensor, aten.clone.default, aten.pad.default)
-_POOLS = (aten.max_pool2d.default, aten.avg_pool2d.default)
-TARGETS: tuple[Any, ...] = (*_DROPOUTS, *_VIEWS, *_FRESH, *_POOLS)
+#: These copy.
+_FRESH = (
+    aten.mul.Tensor,
+    aten.div.Tensor,
+    aten.sub.Tensor,
+    aten.add.Tensor,
+    aten.clone.default,
+    aten.pad.default,
+    aten.max_pool1d.default,
+    aten.max_pool2d.default,
+    aten.max_pool3d.default,
+)
+TARGETS: tuple[Any, ...] = (*_SAME, *_CASTS, *_VIEWS, *_FRESH)
 
 
 def _is_negative_zero(number: object) -> bool:
     return isinstance(number, float) and number == 0 and str(number) == "-0.0"
+
+
+def _is_one(number: object) -> bool:
+    return type(number) in (int, float) and number == 1
+
+
+def _each(value: object, wanted: int) -> bool:
+    """Whether a number, or every number of a list, is `wanted`."""
+    numbers = value if isinstance(value, (list, tuple)) else [value]
+    return all(type(number) is int and number == wanted for number in numbers)
 
 
 def _keeps_values(node: fx.Node) -> str | None:
@@ -57,33 +80,38 @@ def _keeps_values(node: fx.Node) -> str | None:
         case target if target in _DROPOUTS:
             return None if given["train"] is False or given["p"] == 0 else "dropout is in training mode"
         case aten.mul.Tensor | aten.div.Tensor:
-            plain = type(given["other"]) in (int, float) and given["other"] == 1
-            return None if plain else "it multiplies by something else than 1"
+            return None if _is_one(given["other"]) else "it multiplies or divides by something else than 1"
+        case aten.sub.Tensor | aten.add.Tensor if not _is_one(given["alpha"]):
+            return f"the other operand is scaled by alpha={given['alpha']!r}"
         case aten.sub.Tensor:
-            zero = type(given["other"]) in (int, float) and given["other"] == 0 and not _is_negative_zero(given["other"])
+            zero = type(given["other"]) in (int, float) and given["other"] == 0
+            zero = zero and not _is_negative_zero(given["other"])
             return None if zero else "it subtracts something else than 0"
         case aten.add.Tensor:
             return None if _is_negative_zero(given["other"]) else "it adds something; x + 0 is not x for x = -0.0"
         case aten.pad.default:
-            return None if all(pad == 0 for pad in given["pad"]) else "it pads"
-        case aten.max_pool2d.default | aten.avg_pool2d.default:
-            one = all(size == 1 for key in ("kernel_size", "stride") for size in given[key])
-            return None if one and all(pad == 0 for pad in given["padding"]) else "it pools"
+            return None if _each(given["pad"], 0) else "it pads"
+        case aten.max_pool1d.default | aten.max_pool2d.default | aten.max_pool3d.default:
+            # No stride means the kernel's size.
+            one = _each(given["kernel_size"], 1) and _each(given["stride"], 1) and _each(given["padding"], 0)
+            return None if one else "it pools"
         case aten.permute.default:
-            rank = ir.rank(given["self"])
+            rank = ir.rank(node)
             same = rank is not None and [dim % rank for dim in given["dims"]] == list(range(rank))
             return None if same else "it permutes"
         case aten.slice.Tensor:
             first = given["start"] in (None, 0) and given["step"] == 1
             return None if first else "it takes a part"
         case aten.to.dtype | aten.to.device | aten.to.dtype_layout:
-            return None if not given.get("copy") else "it asks for a copy"
+            copies = given["copy"] or given["memory_format"] not in (None, torch.preserve_format)
+            return "it asks for a copy, or for a memory format" if copies else None
         case _:
             return None
 
 
 def _run(rewriter: Rewriter) -> None:
-    for node in list(rewriter.graph.nodes):
+    # Readers first: dropout hands its input on, so who reads a dropout reads what is in front of it.
+    for node in reversed(list(rewriter.graph.nodes)):
         if node.op != "call_function" or node.target not in TARGETS or node._erased:
             continue
         reason = _keeps_values(node)
@@ -94,7 +122,9 @@ def _run(rewriter: Rewriter) -> None:
             continue
         source = node.args[0]
         assert isinstance(source, fx.Node)
-        rewriter.substitute(node, lambda source=source: source, rule="identity")  # type: ignore[misc]
+        result = rewriter.substitute(node, lambda source=source: source, rule="identity")  # type: ignore[misc]
+        if isinstance(result, NoMatch):
+            rewriter.decline(node, result.reason, rule="identity")
 
 
 def _observable(node: fx.Node, rewriter: Rewriter) -> str | None:
@@ -108,26 +138,41 @@ def _observable(node: fx.Node, rewriter: Rewriter) -> str | None:
     if before is None or after is None:
         return f"{UNKNOWN}whether the shape, dtype and strides are its input's"
     if (before.dtype, before.device) != (after.dtype, after.device):
-        return f"it changes {before.dtype} to {after.dtype}"
+        return f"it changes {before.dtype} on {before.device} to {after.dtype} on {after.device}"
     if not ir.same_sizes(before.shape, after.shape):
         return "it changes the shape"
     if not ir.same_sizes(before.stride(), after.stride()):
         return "it changes the strides"
     if node.target in _VIEWS:
-        return None
-    if _is_result(node, rewriter):
-        return "the model hands out the copy, which must stay distinct from its input"
-    written = rewriter.aliases.written_after(source, (source, node))
-    return f"{written.name} writes to the copy or to its input" if written is not None else None
+        return _observable_view(node)
+    return _observable_copy(node, source, rewriter) if node.target in _FRESH else None
 
 
-def _is_result(node: fx.Node, rewriter: Rewriter) -> bool:
-    """Whether a result of the model is the node or may share memory with it."""
+def _observable_view(node: fx.Node) -> str | None:
+    """How somebody could tell a view from the tensor that it views: by handing it out, or by changing it in place (an
+    `unsqueeze_` of the one would change the other's shape)."""
+    for user in node.users:
+        if user.op == "output":
+            return "the model hands out the view, which must stay another tensor than its input"
+        if node in effects.of(user).writes:
+            return f"{user.name} changes the view in place"
+    return None
+
+
+def _observable_copy(node: fx.Node, source: fx.Node, rewriter: Rewriter) -> str | None:
+    """How somebody could tell a copy from what it copies: by handing it out, by a write to either, by looking at the
+    memory behind it."""
     aliases = rewriter.aliases
-    output = next(iter(reversed(rewriter.graph.nodes)))
-    roots = {aliases.root(result) for result in output.all_input_nodes}
-    return aliases.root(node) in roots
+    root = aliases.root(node)
+    if root in {aliases.root(result) for result in rewriter.graph.output_node().all_input_nodes}:
+        return "the model hands out the copy, which must stay distinct from its input"
+    written = aliases.written_after(source, (source, node))
+    if written is not None:
+        return f"{written.name} may write to the copy or to its input"
+    for reader in rewriter.graph.find_nodes(op="call_function", target=aten.as_strided.default):
+        if aliases.root(reader) is root:
+            return f"{reader.name} looks at the memory behind the copy"
+    return None
 
 
 PASS = Pass("drop-identities", run=_run, numerics="bitwise", doc=__doc__)
-

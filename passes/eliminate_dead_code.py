@@ -23,6 +23,10 @@ def _run(rewriter: Rewriter) -> None:
             rewriter.decline(node, "nobody reads it, but what it does is not known", rule="unread")
         elif found.writes:
             rewriter.decline(node, f"nobody reads it, but it writes to {found.writes[0].name}", rule="unread")
+        elif found.random:
+            rewriter.decline(node, "nobody reads it, but later draws depend on its own", rule="unread")
+        else:
+            rewriter.decline(node, "nobody reads it, but it may raise", rule="unread")
 
 
 PASS = Pass("eliminate-dead-code", run=_run, numerics="bitwise", doc=__doc__)

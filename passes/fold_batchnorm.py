@@ -17,180 +17,135 @@ Numerics: reassociates (exact in exact arithmetic, for finite values). Folded in
 from __future__ import annotations
 
 import torch
-from fxopt import Match, NoMatch, Pass, Rewriter, Rule, call, const, ir, var
-from fxopt.pattern import Pattern
 from torch import fx
 
-from . import _affine
+from fxopt import UNKNOWN, Match, NoMatch, Pass, Rewriter, Rule, call, const, ir, var
+from fxopt.pattern import Pattern
+
+from . import _affine, _norm
 
 aten = torch.ops.aten
 
 
-def _norm(source: Pattern, name: str = "norm") -> Pattern:
-    return call(
-        aten.batch_norm.default,
-        source,
-        const(f"{name}'s weight", optional=True),
-        const(f"{name}'s bias", optional=True),
-        const(f"{name}'s running mean", optional=True),
-        const(f"{name}'s running variance", optional=True),
-        name=name,
-    )
-
-
-def _layer(source: Pattern) -> Pattern:
-    return call(_affine.LAYERS, source, const("weight"), const("bias", optional=True), name="layer")
+def _layer(source: Pattern, targets: object) -> Pattern:
+    return call(targets, source, const("weight"), const("bias", optional=True), name="layer")
 
 
 X = var("x")
+LAYER = _layer(X, _affine.LAYERS)
 
 
-def scale_and_shift(norm: fx.Node) -> tuple[torch.Tensor, torch.Tensor]:
-    """The norm as y = s*x + t: (s, t) in float64, one per channel. s = g / sqrt(v + eps), t = h - m*s."""
-    given = ir.arguments(norm)
-    mean, variance = ir.tensor(given["running_mean"]), ir.tensor(given["running_var"])
-    assert mean is not None and variance is not None
-    weight, bias = ir.tensor(given["weight"]), ir.tensor(given["bias"])
-    scale = 1.0 / torch.sqrt(variance.double() + given["eps"])
-    if weight is not None:
-        scale = scale * weight.double()
-    shift = -mean.double() * scale
-    if bias is not None:
-        shift = shift + bias.double()
-    return scale, shift
-
-
-def _inference(norm: fx.Node) -> NoMatch | None:
-    given = ir.arguments(norm)
-    if given["training"] is not False:
-        return NoMatch("the norm is in training mode: it normalises by the batch's own statistics", norm)
-    if given["running_mean"] is None or given["running_var"] is None:
-        return NoMatch("the norm has no running statistics (track_running_stats=False)", norm)
-    statistics = [given["weight"], given["bias"], given["running_mean"], given["running_var"]]
-    for operand in statistics:
-        held = ir.tensor(operand)
-        if held is not None and held.is_meta:
-            return NoMatch("the norm's statistics are on the meta device and have no values", norm)
-    return None
-
-
-def _channels(norm: fx.Node) -> int:
-    mean = ir.tensor(ir.argument(norm, "running_mean"))
-    assert mean is not None
-    return mean.numel()
+def _channels_guard(layer: fx.Node, value: fx.Node, have: int, norm: fx.Node) -> NoMatch | None:
+    """The norm's channels, dim 1 of `value` (the layer's input or result), are the `have` channels of the layer."""
+    rank, channels = ir.rank(value), _norm.channels(norm)
+    if rank is None:
+        return NoMatch(f"{UNKNOWN}the rank of {value.name} says where its channels are", value)
+    if rank == _affine.weight_of(layer).dim():
+        if channels == have:
+            return None
+        return NoMatch(f"the norm has {channels} channels, {layer.name} {have}", layer)
+    if not _affine.is_linear(layer):
+        return NoMatch(f"the convolution is unbatched: {value.name} has {rank} dimensions, dim 0 its channels", value)
+    if rank > 2 and channels == 1:
+        return None
+    return NoMatch(f"{value.name} has {rank} dimensions: the norm runs along dim 1, the features are last", value)
 
 
 def _after_guard(match: Match) -> NoMatch | None:
     norm, layer = match.node("norm"), match.node("layer")
-    refusal = _inference(norm) or _affine.weights_guard(layer)
-    if refusal is not None:
-        return refusal
-    return _affine.channels_guard(
-        layer, layer, _affine.output_channels(layer), _channels(norm)
-    ) or _affine.finite_guard(*scale_and_shift(norm), layer)
+    return (
+        _norm.guard(norm)
+        or _affine.layer_guard(layer)
+        or _channels_guard(layer, layer, _affine.output_channels(layer), norm)
+        or _affine.fold_after_guard(layer, _norm.as_map(norm))
+    )
 
 
 def _fold_after(match: Match, rewriter: Rewriter) -> fx.Node:
-    return _affine.fold_after(match.node("layer"), *scale_and_shift(match.node("norm")), rewriter)
+    return _affine.fold_after(match.node("layer"), _norm.as_map(match.node("norm")), rewriter)
 
 
 def _before_guard(match: Match) -> NoMatch | None:
     norm, layer = match.node("norm"), match.node("layer")
-    refusal = _inference(norm) or _affine.weights_guard(layer)
-    if refusal is not None:
-        return refusal
-    scale, shift = scale_and_shift(norm)
-    refusal = _affine.channels_guard(
-        layer, norm, _affine.input_channels(layer), _channels(norm)
-    ) or _affine.finite_guard(scale, shift, layer)
-    if refusal is not None:
-        return refusal
-    if bool((shift != 0).any()):
-        if _affine.is_transposed(layer):
-            return NoMatch("the norm's shift cannot enter a transposed convolution: its taps vary by position", layer)
-        if _affine.is_padded(layer):
-            return NoMatch("the convolution pads with zeros, which the norm's shift does not reach", layer)
-    return None
+    return (
+        _norm.guard(norm)
+        or _affine.layer_guard(layer)
+        or _channels_guard(layer, norm, _affine.input_channels(layer), norm)
+        or _affine.fold_before_guard(layer, _norm.as_map(norm))
+    )
 
 
 def _fold_before(match: Match, rewriter: Rewriter) -> fx.Node:
-    source = match.node("x")
-    return _affine.fold_before(match.node("layer"), source, *scale_and_shift(match.node("norm")), rewriter)
+    return _affine.fold_before(match.node("layer"), match.node("x"), _norm.as_map(match.node("norm")), rewriter)
+
+
+def _crossed(norm: fx.Node) -> tuple[torch.Tensor, _affine.Map]:
+    """relu(s*x + t) = s * relu(x + t/s) for s > 0: what stays in front of the ReLU, and the map that goes behind it."""
+    whole = _norm.as_map(norm)
+    return whole.shift / whole.scale, _affine.Map(whole.scale, torch.zeros_like(whole.shift))
 
 
 def _crossing_guard(match: Match) -> NoMatch | None:
-    norm, layer = match.node("norm"), match.node("layer")
-    refusal = _inference(norm) or _affine.weights_guard(layer)
+    norm, layer, x = match.node("norm"), match.node("layer"), match.node("x")
+    refusal = (
+        _norm.guard(norm)
+        or _affine.layer_guard(layer)
+        or _channels_guard(layer, norm, _affine.input_channels(layer), norm)
+    )
     if refusal is not None:
         return refusal
-    scale, shift = scale_and_shift(norm)
-    refusal = _affine.channels_guard(layer, norm, _affine.input_channels(layer), _channels(norm))
-    if refusal is not None:
-        return refusal
-    if not bool((scale > 0).all()):
+    left, scale = _crossed(norm)
+    if not bool((scale.scale > 0).all()):
         return NoMatch("a scale of the norm is not positive, and only positive ones cross a ReLU", norm)
-    if ir.dtype(match.node("x")) is None:
-        return NoMatch(f"{_affine.UNKNOWN}the dtype of {match.node('x').name}", norm)
-    if ir.dtype(match.node("x")) != _affine.weight_of(layer).dtype:
-        return NoMatch("the norm's input and the layer's weight have different dtypes", norm)
-    return _affine.finite_guard(scale, shift / scale, layer)
+    dtype = ir.dtype(x)
+    if dtype is None:
+        return NoMatch(f"{UNKNOWN}the dtype of {x.name}", norm)
+    if not float(left.abs().max()) <= torch.finfo(dtype).max:
+        return NoMatch(f"the shift that stays in front of the ReLU would leave the range of {dtype}", norm)
+    return _affine.fold_before_guard(layer, scale)
 
 
 def _cross_relu(match: Match, rewriter: Rewriter) -> fx.Node:
-    norm, layer, x = match.node("norm"), match.node("layer"), match.node("x")
-    scale, shift = scale_and_shift(norm)
-    rank = ir.rank(norm)
+    norm, layer, source = match.node("norm"), match.node("layer"), match.node("x")
+    left, scale = _crossed(norm)
+    rank, dtype = ir.rank(norm), ir.dtype(source)
     assert rank is not None
-    dtype = _affine.weight_of(layer).dtype
-    moved = (shift / scale).to(dtype).reshape(-1, *[1] * (rank - 2))
-    source = x
-    if bool((moved != 0).any()):
+    assert dtype is not None
+    if bool((left != 0).any()):
         path = str(ir.argument(norm, "running_mean").target)
-        source = rewriter.call(aten.add.Tensor, x, rewriter.constant(moved, path.replace("running_mean", "shift")))
-    source = rewriter.call(aten.relu.default, source)
-    return _affine.fold_before(layer, source, scale, torch.zeros_like(scale), rewriter)
+        held = rewriter.constant(left.to(dtype).reshape(-1, *[1] * (rank - 2)), path.replace("running_mean", "shift"))
+        source = rewriter.call(aten.add.Tensor, source, held)
+    return _affine.fold_before(layer, rewriter.call(aten.relu.default, source), scale, rewriter)
 
 
 def _chain_guard(match: Match) -> NoMatch | None:
     first, second = match.node("first"), match.node("norm")
-    refusal = _inference(first) or _inference(second)
+    refusal = _norm.guard(first) or _norm.guard(second)
     if refusal is not None:
         return refusal
-    if _channels(first) != _channels(second):
-        return NoMatch(f"the norms have {_channels(first)} and {_channels(second)} channels", second)
-    maps = (*scale_and_shift(first), *scale_and_shift(second))
-    if not all(bool(torch.isfinite(part).all()) for part in maps):
-        return NoMatch("a scale or shift is not finite", second)
-    return None
+    if _norm.channels(first) != _norm.channels(second):
+        return NoMatch(f"the norms have {_norm.channels(first)} and {_norm.channels(second)} channels", second)
+    if _norm.dtype(first) != _norm.dtype(second):
+        return NoMatch(f"the norms hold {_norm.dtype(first)} and {_norm.dtype(second)}", second)
+    return _norm.rebuild_guard(second, _norm.as_map(second).after(_norm.as_map(first)))
 
 
 def _compose(match: Match, rewriter: Rewriter) -> fx.Node:
     first, second = match.node("first"), match.node("norm")
-    (s1, t1), (s2, t2) = scale_and_shift(first), scale_and_shift(second)
-    given = dict(ir.arguments(second))
-    held = ir.tensor(given["running_mean"])
-    assert held is not None
-    home = str(given["running_mean"].target).rpartition(".")[0]
-    prefix = f"{home}." if home else ""
-    for key, name, value in (
-        ("weight", "weight_folded", s1 * s2),
-        ("bias", "bias_folded", t1 * s2 + t2),
-        ("running_mean", "mean_folded", torch.zeros_like(s1)),
-        ("running_var", "variance_folded", torch.ones_like(s1)),
-    ):
-        given[key] = rewriter.constant(value.to(held.dtype), prefix + name)
-    return rewriter.call(second.target, **{**given, "input": match["x"], "eps": 0.0})
+    return _norm.rebuild(second, match.node("x"), _norm.as_map(second).after(_norm.as_map(first)), rewriter)
 
+
+NORM = _norm.pattern(X)
 
 PASS = Pass(
     "fold-batchnorm",
     rules=(
-        Rule("norm-after-layer", _norm(_layer(X)), _fold_after, _after_guard),
-        Rule("norm-after-norm", _norm(_norm(X, "first")), _compose, _chain_guard),
-        Rule("norm-before-layer", _layer(_norm(X)), _fold_before, _before_guard),
+        Rule("norm-after-layer", _norm.pattern(LAYER), _fold_after, _after_guard),
+        Rule("norm-after-norm", _norm.pattern(_norm.pattern(X, "first")), _compose, _chain_guard),
+        Rule("norm-before-layer", _layer(NORM, _affine.LAYERS_AND_FUSED), _fold_before, _before_guard),
         Rule(
             "norm-and-relu-before-layer",
-            _layer(call(aten.relu.default, _norm(X), name="relu")),
+            _layer(call(aten.relu.default, NORM, name="relu"), _affine.LAYERS_AND_FUSED),
             _cross_relu,
             _crossing_guard,
         ),

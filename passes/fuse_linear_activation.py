@@ -16,8 +16,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from fxopt import Match, NoMatch, Pass, Rewriter, Rule, call, ops, var
 from torch import fx
+
+from fxopt import Match, NoMatch, Pass, Rewriter, Rule, call, ops, var
 
 from . import _epilogue
 
@@ -47,21 +48,16 @@ def _fuse_residual(match: Match, rewriter: Rewriter) -> fx.Node:
     return _rebuild(match.node("layer"), rewriter, residual=match["residual"])
 
 
+ACTIVATION = call(ops.ACTIVATION_TARGETS, LINEAR, name="activation")
+SUM_LEFT = call(aten.add.Tensor, LINEAR, var("residual"), name="sum")
+SUM_RIGHT = call(aten.add.Tensor, var("residual"), LINEAR, name="sum")
+
 PASS = Pass(
     "fuse-linear-activation",
     rules=(
-        Rule(
-            "activation",
-            call(ops.ACTIVATION_TARGETS, LINEAR, name="activation"),
-            _fuse_activation,
-            _activation_guard,
-        ),
-        Rule(
-            "residual-right", call(aten.add.Tensor, LINEAR, var("residual"), name="sum"), _fuse_residual, _residual_guard
-        ),
-        Rule(
-            "residual-left", call(aten.add.Tensor, var("residual"), LINEAR, name="sum"), _fuse_residual, _residual_guard
-        ),
+        Rule("activation", ACTIVATION, _fuse_activation, _activation_guard),
+        Rule("residual-right", SUM_LEFT, _fuse_residual, _residual_guard),
+        Rule("residual-left", SUM_RIGHT, _fuse_residual, _residual_guard),
     ),
     numerics="bitwise",
     doc=__doc__,
