@@ -22,13 +22,13 @@ from fxopt import ir
 
 @dataclass(frozen=True)
 class NoMatch:
-    """Why a rule does not apply: a reason that a user can act on, and the node that it is about. It is falsy."""
+    """Why a rule does not apply: a reason that a user can act on, and the node that it is about.
+
+    It is truthy, so that guards chain: `first(match) or second(match)`. Ask a match by `isinstance(found, NoMatch)`.
+    """
 
     reason: str
     node: fx.Node | None = None
-
-    def __bool__(self) -> bool:
-        return False
 
 
 @dataclass(frozen=True)
