@@ -79,8 +79,14 @@ def functionalize(module: fx.GraphModule) -> None:
 
     Legal when the value written was computed by the graph (it is no input, no parameter, no result of an opaque node),
     no other alias of it is read afterwards, and the twin gives the same shape, dtype and strides. Later readers of
-    the written value itself read the twin instead.
+    the written value itself read the twin instead. One write made pure can free another, so it is asked until none is.
     """
+    while _functionalize_once(module):
+        pass
+
+
+def _functionalize_once(module: fx.GraphModule) -> bool:
+    changed = False
     aliases = effects.Aliases.scan(module.graph)
     groups: dict[fx.Node, list[fx.Node]] = {}
     for node in aliases.group:
@@ -103,7 +109,10 @@ def functionalize(module: fx.GraphModule) -> None:
         for reader in later.get(value, ()):
             editor.replace_uses(value, writer, [reader])
         writer.target = pure
-        ir.update_value(writer) if ir.value(writer) is not None else None
+        changed = True
+        if ir.value(writer) is not None:
+            ir.update_value(writer)
+    return changed
 
 
 def _readers_after(writer: fx.Node, group: list[fx.Node], aliases: effects.Aliases) -> dict[fx.Node, list[fx.Node]]:

@@ -102,7 +102,7 @@ def _export(
     assert flat.structure.spec is not None
     module = _unlift(program, flat, inputs)
     normalize.normalize(module)
-    check.check(module, after="capture by torch.export")
+    check.check(module, after="capture by torch.export", captured=True)
     bounds = {str(symbol): _bounds(span) for symbol, span in program.range_constraints.items()}
     return Captured(module, "export", tuple(program._guards_code), bounds, notices, grad)
 

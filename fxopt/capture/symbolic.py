@@ -337,7 +337,7 @@ def capture_symbolic(model: torch.nn.Module, inputs: Inputs | None = None) -> Ca
     module = ir.new_module(graph, ir.Interface(inputs.spec, flat.structure.spec, tuple(tensor_names), inputs.constants))
     _attach(module, tracer.root, tracer)
     normalize.normalize(module)
-    check.check(module, after="symbolic capture")
+    check.check(module, after="symbolic capture", captured=True)
     return Captured(module, "symbolic")
 
 
