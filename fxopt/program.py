@@ -87,7 +87,8 @@ def prune_attributes(module: fx.GraphModule) -> None:
     used = {str(node.target) for node in module.graph.nodes if node.op in ("get_attr", "call_module")}
     held = [name for name, _ in (*module.named_parameters(remove_duplicate=False), *module.named_buffers())]
     for name in held:
-        if name not in used and not any(name.startswith(path + ".") for path in used):
+        parts = name.split(".")
+        if not any(".".join(parts[:end]) in used for end in range(1, len(parts) + 1)):
             ir.delete_attribute(module, name)
 
 

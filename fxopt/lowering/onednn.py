@@ -107,17 +107,33 @@ def _convolution_refusal(node: fx.Node, given: dict[str, Any]) -> str | None:
 
 
 def _lower_convolutions(rewriter: Rewriter) -> None:
+    moved: set[fx.Node] = set()
     for node in list(rewriter.graph.nodes):
         if node.target is not ops.convolution and node.target not in ops.CONVOLUTION_TARGETS:
+            _settle_strides(rewriter, node, moved)
             continue
         given = ops.convolution_arguments(node)
         refusal = _convolution_refusal(node, given)
         if refusal is not None:
             rewriter.decline(node, refusal, rule="convolution")
+            _settle_strides(rewriter, node, moved)
             continue
         result = rewriter.substitute(node, partial(_convolution, rewriter, node, given), rule="convolution")
         if isinstance(result, NoMatch):
             rewriter.decline(node, result.reason, rule="convolution")
+        else:
+            moved.add(result)
+
+
+def _settle_strides(rewriter: Rewriter, node: fx.Node, moved: set[fx.Node]) -> None:
+    """Infers again what a node gives, where it reads values in `moved`, whose strides lowering has changed."""
+    before = ir.fake(node)
+    if before is None or node.target in _STRIDED or moved.isdisjoint(node.all_input_nodes):
+        return
+    after = ir.infer(node)
+    if isinstance(after, torch.Tensor) and after.stride() != before.stride():
+        rewriter.editor.set_meta(node, "val", after)
+        moved.add(node)
 
 
 def _channels_last(rewriter: Rewriter, node: fx.Node) -> fx.Node:
