@@ -1,0 +1,148 @@
+"""A compiled module's graph in front of and behind one pass, found by running the pipeline again up to there.
+
+Passes are deterministic, and the captured graph is kept; only what the passes made is not kept at every step. Where
+running again does other than the report says, the stage says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import optimization_hint
+
+from fxopt import ir, normalize, plugins
+from fxopt.errors import UsageError
+from fxopt.lowering.backend import Backend, set_concrete_values
+from fxopt.pipeline import PassManager, PassResult
+from fxopt.program import lower
+from fxopt.rewrite import Decline, Pass, Rewrite
+from fxopt.session import Session
+
+
+@dataclass
+class Stage:
+    """One graph that became another, the record of how, and what a reader has to know about it."""
+
+    before: fx.GraphModule
+    after: fx.GraphModule
+    rewrites: Sequence[Rewrite] = ()
+    declines: Sequence[Decline] = ()
+    notes: list[str] = field(default_factory=list)
+
+
+def whole(session: Session) -> Stage:
+    """From the captured graph to the rewritten one."""
+    report = session.report
+    stage = Stage(session.before, session.after, report.rewrites, report.declines)
+    if not session.programs:
+        stage.notes.append(f"there is no graph yet: {report.verification}")
+    if report.front_end == "symbolic":
+        sized = _with_sizes(session)
+        stage.before = session.before if sized is None else sized
+    if report.pending:
+        stage.notes.append(f"{len(report.pending)} rewrites wait for the first call's shapes")
+    return stage
+
+
+def one_pass(session: Session, name: str) -> Stage:
+    """From what a pass was given to what it made. Raises UsageError where the pipeline has no pass of this name."""
+    report, passes = session.report, session.options.passes
+    lowering = plugins.backend(report.backend).passes if report.lowering else ()
+    known = [current.name for current in (*passes, *lowering)]
+    if name not in known:
+        raise UsageError(f"no pass of this compilation is named {name!r}", hint=f"there are: {', '.join(known)}")
+    place = known.index(name)
+    current = (*passes, *lowering)[place]
+    if place < len(passes):
+        module, results = _start(session), report.passes
+        done = {result.name for result in results if result.status == "done"}
+        PassManager([earlier for earlier in passes[:place] if earlier.name in done], numerics="approximate").run(module)
+    else:
+        module, results = _start_lowering(session, name), report.lowering
+    reported = next((result for result in results if result.name == name), PassResult(name, ""))
+    before, _ = ir.copy(module)
+    if reported.status != "done":
+        return Stage(before, module, notes=[f"{name} was {reported.status}: {_first_line(reported.reason)}"])
+    stage = _run(current, before, module, reported)
+    if known.count(name) > 1:
+        stage.notes.append(f"{name} runs {known.count(name)} times; this is the first")
+    return stage
+
+
+def _run(current: Pass, before: fx.GraphModule, module: fx.GraphModule, reported: PassResult) -> Stage:
+    run = PassManager((current,), numerics="approximate").run(module)
+    journal, result = run.journal, run.results[0]
+    stage = Stage(before, module, journal.rewrites, list(journal.declines.values()))
+    if result.status != "done":
+        stage.notes.append(f"run again for this picture, the pass {result.status}: {_first_line(result.reason)}")
+    elif result.rewrites != reported.rewrites:
+        stage.notes.append(
+            f"run again for this picture, the pass made {result.rewrites} rewrites; when compiled, {reported.rewrites}"
+        )
+    return stage
+
+
+# -- where a pass starts from ----------------------------------------------------------------------------------------
+
+
+def _start(session: Session) -> fx.GraphModule:
+    """What the first pass was given; where shapes became known only later, with these, as if known from the start."""
+    module = _with_sizes(session) if session.report.front_end == "symbolic" else None
+    if module is None:
+        return ir.copy(session.before)[0]
+    normalize.normalize(module)
+    return module
+
+
+def _with_sizes(session: Session) -> fx.GraphModule | None:
+    """The captured graph with the sizes of the call that finished it; None before that."""
+    examples = _examples(session.after)
+    if examples is None:
+        return None
+    module, _ = ir.copy(session.before)
+    set_concrete_values(module, examples)
+    return module
+
+
+def _examples(module: fx.GraphModule, *, as_captured: bool = False) -> list[torch.Tensor] | None:
+    """Tensors like the inputs that the graph's values were inferred for; None where these are not known.
+
+    An open size is not known, or (`as_captured`) the one that it was captured with.
+    """
+    found: list[torch.Tensor] = []
+    for node in module.graph.find_nodes(op="placeholder"):
+        value = ir.fake(node)
+        if value is None or value.layout is not torch.strided:
+            return None
+        sizes, strides = tuple(value.shape), tuple(value.stride())
+        if any(ir.static(size) is None for size in (*sizes, *strides)):
+            if not as_captured:
+                return None
+            sizes, strides = (tuple(map(optimization_hint, numbers)) for numbers in (sizes, strides))
+        found.append(torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device))
+    return found
+
+
+def _start_lowering(session: Session, name: str) -> fx.GraphModule:
+    """The rewritten graph, lowered by the backend's passes in front of one, for the sizes that it was captured with."""
+    backend: Backend = plugins.backend(session.report.backend)
+    module, _ = ir.copy(session.after)
+    examples = _examples(module, as_captured=True)
+    if examples is None:
+        raise UsageError(
+            f"the sizes that {name!r} lowered the graph for are not known any more",
+            hint="a compiled module that was loaded does not keep them: compile it again",
+        )
+    set_concrete_values(module, examples)
+    normalize.normalize(module)
+    place = [current.name for current in backend.passes].index(name)
+    earlier = replace(backend, passes=backend.passes[:place], build=lambda *_: tuple)
+    lower(session.programs[0], module, earlier, {}, session.options)
+    return module
+
+
+def _first_line(text: str) -> str:
+    return text.partition("\n")[0]
