@@ -15,6 +15,7 @@ from fxopt.errors import (
     UsageError,
     VerificationError,
 )
+from fxopt.graphdiff import GraphDiff, diff
 from fxopt.pattern import Match, NoMatch, any_of, call, const, lit, var
 from fxopt.plugins import available as passes
 from fxopt.plugins import register
@@ -31,6 +32,7 @@ __all__ = [
     "ConvergenceError",
     "FxoptError",
     "FxoptNotice",
+    "GraphDiff",
     "InputError",
     "Match",
     "NoMatch",
@@ -47,6 +49,7 @@ __all__ = [
     "call",
     "compile",
     "const",
+    "diff",
     "effects",
     "ir",
     "lit",
