@@ -220,7 +220,7 @@ def explain(subject: str, before: fx.GraphModule, after: fx.GraphModule, journal
 
     names = {subject}
     for rewrite in journal.rewrites:
-        if names & {rewrite.root, *rewrite.removed}:
+        if rewrite.result and names & {rewrite.root, *rewrite.removed}:  # what was only removed has no result
             names.add(rewrite.result)
     was, is_now = of(before, {subject}), of(after, names)
     rewrites = tuple(
