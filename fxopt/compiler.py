@@ -18,7 +18,7 @@ from fxopt.rewrite import Numerics, Pass
 from fxopt.runtime import CompiledModule
 from fxopt.session import Session
 
-#: How passes are named: "default", or names and Pass objects in the order in which they shall run.
+#: How passes are named: "default", or names ("default" among them) and Pass objects in the order in which they run.
 Passes = str | Iterable[str | Pass]
 
 
@@ -31,15 +31,20 @@ def choose_passes(passes: Passes = "default", disable: Iterable[str] = ()) -> tu
 
     Raises UsageError for a name that no pass has.
     """
-    if isinstance(passes, str):
-        chosen = plugins.default_pipeline() if passes == "default" else (plugins.named(passes),)
-    else:
-        chosen = tuple(entry if isinstance(entry, Pass) else plugins.named(entry) for entry in passes)
+    entries = (passes,) if isinstance(passes, str) else passes
+    chosen = tuple(current for entry in entries for current in _stretch(entry))
     unwanted = {disable} if isinstance(disable, str) else set(disable)
     for name in unwanted:
         if name not in {current.name for current in chosen}:
             plugins.named(name)  # a name that no pass has is a mistake; one that is not chosen is not
     return tuple(current for current in chosen if current.name not in unwanted)
+
+
+def _stretch(entry: str | Pass) -> tuple[Pass, ...]:
+    """What one entry stands for: a pass, the pass of a name, or the default pipeline."""
+    if isinstance(entry, Pass):
+        return (entry,)
+    return plugins.default_pipeline() if entry == "default" else (plugins.named(entry),)
 
 
 def compile(
@@ -62,11 +67,11 @@ def compile(
     with the first dimension open (`dynamic_shapes`: "batch", "all" or None), rewritten, lowered for these inputs, and
     verified on them. Without, the model is traced symbolically and finished at its first call.
 
-    `passes` is "default" or a sequence of names and Pass objects; `disable` leaves out some. `backend` is "auto" or the
-    name of one. `numerics` is what is allowed: "bitwise", "reassociate" or "approximate". `verify` compares the result
-    with the original on first use; "each" compares after every pass. With `strict` a pass that fails or changes the
-    answer raises, instead of being rolled back and named in the report. `progress(stage, done, total)` is called as
-    work goes on.
+    `passes` is "default" or a sequence of names ("default" among them) and Pass objects; `disable` leaves out some.
+    `backend` is "auto" or the name of one. `numerics` is what is allowed: "bitwise", "reassociate" or "approximate".
+    `verify` compares the result with the original on first use; "each" compares after every pass. With `strict` a pass
+    that fails or changes the answer raises, instead of being rolled back and named in the report.
+    `progress(stage, done, total)` is called as work goes on.
 
     Raises UsageError for what is not a module or an option, CaptureError where the model cannot be captured,
     InputError where it does not take the inputs, VerificationError rather than a wrong answer.
