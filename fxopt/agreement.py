@@ -6,7 +6,7 @@ of operators or of their numbers, even where the outputs happen to agree.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -68,14 +68,17 @@ def copied(tensor: torch.Tensor) -> torch.Tensor:
     return twin.requires_grad_(tensor.requires_grad)
 
 
-def disagreement(original: Any, graph: fx.GraphModule, tensors: Sequence[torch.Tensor]) -> str | None:
+def disagreement(
+    original: Any, graph: fx.GraphModule, tensors: Sequence[torch.Tensor], put_back: Callable[[], None]
+) -> str | None:
     """None where the captured graph makes the calls that `original` (a function of flat tensors) makes, and gives what
-    it gives; else the first difference."""
+    it gives; else the first difference. `put_back` lets both start from one state."""
     with torch.random.fork_rng(devices=[]):
         state = torch.random.get_rng_state()
         copies = [copied(tensor) for tensor in tensors]
         with _Log() as said:
-            expected = original(*copies)
+            expected = [copied(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in original(*copies)]
+        put_back()
         torch.random.set_rng_state(state)
         copies = [copied(tensor) for tensor in tensors]
         with _Log() as captured:

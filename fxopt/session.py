@@ -36,6 +36,7 @@ from fxopt.program import (
 )
 from fxopt.report import Report
 from fxopt.rewrite import Journal
+from fxopt.state import KeptState, privatise
 
 
 @dataclass
@@ -48,6 +49,7 @@ class Session:
     programs: list[Program] = field(default_factory=list)
     packed: dict[Any, Any] = field(default_factory=dict)
     converted: bool = False
+    restless: list[str] = field(default_factory=list)
     before: fx.GraphModule = field(init=False)
     after: fx.GraphModule = field(init=False)
     report: Report = field(init=False)
@@ -74,15 +76,14 @@ class Session:
         self.report.verification = "the model is captured at its first call"
 
     def _adopt(self, captured: Captured, seconds: dict[str, float], inputs: Inputs | None) -> Program:
-        self._privatise(captured)
+        privatise(captured, self.original, [program.captured for program in self.programs])
         judge = None
         if inputs is not None and self.options.verify == "each" and captured.front_end == "export":
             expected = self._run_original(inputs)
 
             def judge(module: fx.GraphModule) -> Verdict:
                 twin, _ = ir.copy(module)
-                run = plugins.backend("aten").build(twin, {})
-                return self._compare(expected, _seeded(run, inputs), inputs)
+                return self._compare(expected, self._run_graph(twin, inputs), inputs)
 
         program = make_program(captured, self.name, self.options, seconds, judge)
         if not self.programs:
@@ -93,37 +94,16 @@ class Session:
         del self.programs[1:-7]
         return program
 
-    def _privatise(self, captured: Captured) -> None:
-        """Tensors that the program writes (counters, caches) become its own, so that the caller's stay as they are."""
-        private = {
-            tensor.untyped_storage().data_ptr()
-            for program in self.programs
-            for path in program.captured.written_attributes()
-            if (tensor := ir.get_attribute(program.captured.module, path)) is not None
-        }
-        copies: dict[int, torch.UntypedStorage] = {}
-        for path in captured.written_attributes():
-            held = ir.get_attribute(captured.module, path)
-            place = held.untyped_storage().data_ptr()
-            if place not in private:
-                copies.setdefault(place, held.untyped_storage().clone())
-                ir.delete_attribute(captured.module, path)
-                ir.set_attribute(captured.module, path, _moved(held.detach(), copies[place]))
-        # The private original counts on in the same memory: what it is compared with has had the same calls.
-        for module in self.original.modules() if copies else ():
-            for holder in (module._parameters, module._buffers, module.__dict__):
-                for name, own in holder.items():
-                    if isinstance(own, torch.Tensor) and own.layout is torch.strided:
-                        place = own.untyped_storage().data_ptr()
-                        if place in copies:
-                            holder[name] = _moved(own, copies[place])
-
     def _capture(self, inputs: Inputs, dynamic_shapes: str | None, *, grad: bool = True) -> Program:
         start = time.perf_counter()
         try:
             # A forward that keeps what it computes (a cache in an attribute) must not leave a proxy in the original.
-            captured = capture_export(private_copy(self.original), inputs, dynamic_shapes, grad=grad)
+            # Nor may it write to the original's tensors: torch.export runs what it takes for constants.
+            with KeptState(self.original):
+                captured = capture_export(private_copy(self.original), inputs, dynamic_shapes, grad=grad)
         except CaptureError as error:
+            if grad and not torch.is_grad_enabled():
+                return self._capture(inputs, dynamic_shapes, grad=False)  # autograd refuses what runs without it
             # Inputs that the original itself refuses are the caller's mistake, not a capture that failed.
             self._run_original(inputs, because=error)
             raise
@@ -206,8 +186,8 @@ class Session:
     def _disagreement(self, program: Program, inputs: Inputs) -> str | None:
         original = self._flat_original(inputs)
         try:
-            with _KeptState(self.original, program.captured.module):
-                return agreement.disagreement(original, program.captured.module, inputs.tensors)
+            with self._kept() as kept:
+                return agreement.disagreement(original, program.captured.module, inputs.tensors, kept.put_back)
         except InputError:
             raise
         except Exception as error:
@@ -215,6 +195,10 @@ class Session:
             return f"the capture fails on them: {str(error).splitlines()[0]}"
 
     # -- the original ------------------------------------------------------------------------------------------------
+
+    def _kept(self, *modules: torch.nn.Module) -> KeptState:
+        """What the original and its captures keep is put back behind a run of either, or of `modules`."""
+        return KeptState(self.original, *(program.captured.module for program in self.programs), *modules)
 
     def _flat_original(self, inputs: Inputs, model: torch.nn.Module | None = None) -> Callable[..., list[Any]]:
         model = self.original if model is None else model
@@ -229,8 +213,10 @@ class Session:
 
     def _run_original(self, inputs: Inputs, because: Exception | None = None) -> list[Any]:
         try:
-            with _KeptState(self.original):
-                return _seeded(self._flat_original(inputs), inputs)
+            with self._kept() as kept:
+                results = kept.apart(_seeded(self._flat_original(inputs), inputs))
+                self.restless = kept.changed()
+                return results
         except Exception as error:
             known = self._takes()
             raise InputError(
@@ -246,7 +232,7 @@ class Session:
 
     def _reference(self, inputs: Inputs) -> Callable[[], list[Any]]:
         def run() -> list[Any]:
-            with _KeptState(self.original), torch.autocast("cpu", enabled=False):
+            with self._kept(), torch.autocast("cpu", enabled=False):
                 model = copy.deepcopy(self.original).double()
                 wide = tuple(t.double() if t.is_floating_point() else t for t in inputs.tensors)
                 return _seeded(self._flat_original(inputs, model), inputs.with_tensors(wide))
@@ -272,6 +258,8 @@ class Session:
         """
         start = time.perf_counter()
         expected = self._run_original(inputs)
+        if self.restless:
+            self._refuse_hidden_state(program, inputs)
         verdict = self._compare(expected, self._run(made, inputs), inputs)
         report = self.report if program is self.programs[0] else program.report
         if not verdict.ok and self.options.strict:
@@ -287,9 +275,27 @@ class Session:
         report.seconds["verify"] = time.perf_counter() - start
         return made
 
+    def _refuse_hidden_state(self, program: Program, inputs: Inputs) -> None:
+        """A forward that changes plain attributes is run once more: a capture has what they were at its time."""
+        original = self._flat_original(inputs)
+        with self._kept() as kept:
+            _seeded(original, inputs)
+            kept.put_back()
+            difference = agreement.disagreement(original, program.captured.module, inputs.tensors, kept.put_back)
+        if difference is not None:
+            raise CaptureError(
+                f"forward changes {', '.join(self.restless)}, and its next answer depends on it: {difference}",
+                hint="keep what changes in a buffer, and write it in place (self.count += 1 on a tensor)",
+            )
+
     def _run(self, made: Specialisation, inputs: Inputs) -> Sequence[Any]:
-        with _KeptState(made.module):
-            return _seeded(made.run, inputs)
+        with self._kept(made.module) as kept:
+            return kept.apart(_seeded(made.run, inputs))
+
+    def _run_graph(self, module: fx.GraphModule, inputs: Inputs) -> Sequence[Any]:
+        run = plugins.backend("aten").build(module, {})
+        with self._kept(module) as kept:
+            return kept.apart(_seeded(run, inputs))
 
     def _without_the_guilty(
         self, program: Program, expected: Sequence[Any], inputs: Inputs
@@ -299,8 +305,7 @@ class Session:
         def judge(module: fx.GraphModule) -> Verdict:
             twin, _ = ir.copy(module)
             set_concrete_values(twin, inputs.tensors)
-            run = plugins.backend("aten").build(twin, {})
-            return self._compare(expected, _seeded(run, inputs), inputs)
+            return self._compare(expected, self._run_graph(twin, inputs), inputs)
 
         captured = program.captured
         if not judge(captured.module).ok:
@@ -381,33 +386,6 @@ class Session:
 
 
 _HINT = "this is a bug in fxopt or in a plugin; disable=(...) finds the pass, and a report is welcome"
-
-
-def _moved(held: torch.Tensor, storage: torch.UntypedStorage) -> torch.Tensor:
-    """The same view of another storage."""
-    empty = torch.empty(0, dtype=held.dtype, device=held.device)
-    with torch.no_grad():
-        twin = empty.set_(storage, held.storage_offset(), held.shape, held.stride())
-    if isinstance(held, torch.nn.Parameter):
-        return torch.nn.Parameter(twin, requires_grad=held.requires_grad)
-    return twin
-
-
-class _KeptState:
-    """Buffers that a run writes are put back afterwards, so that comparing leaves no trace."""
-
-    def __init__(self, *modules: torch.nn.Module) -> None:
-        self.modules = modules
-
-    def __enter__(self) -> None:
-        buffers = [tensor for module in self.modules for tensor in module.buffers() if not tensor.is_inference()]
-        self.held = [(tensor, tensor._version, tensor.detach().clone()) for tensor in buffers]
-
-    def __exit__(self, *exception: object) -> None:
-        for tensor, version, before in self.held:
-            if tensor._version != version:
-                with torch.no_grad():
-                    tensor.copy_(before)
 
 
 def _seeded(run: Callable[..., Any], inputs: Inputs) -> list[Any]:

@@ -90,6 +90,10 @@ class _Tracer(fx.Tracer):
                     self._attribute_names.setdefault(id(held), f"{path}.{name}" if path else name)
         return self.trace(root)
 
+    def name_of(self, held: Any) -> str | None:
+        """The attribute path of a tensor of the root's."""
+        return self._attribute_names.get(id(held))
+
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
         """One placeholder per flat tensor. `type(root).forward` is FlatModel's, so the model's own hooks run."""
         placeholders = [self.create_proxy("placeholder", name, (), {}) for name in self.flat_names]
@@ -320,6 +324,7 @@ def capture_symbolic(model: torch.nn.Module, inputs: Inputs | None = None) -> Ca
     ]
     flat = FlatModel(model, inputs)
     tracer = _Tracer()
+    held = [(path, slots, dict(slots)) for path, m in model.named_modules() for slots in (m._buffers, m._parameters)]
     names = tuple(_placeholder_name(name) for name in tensor_names)
     try:
         with _TRACING, torch.enable_grad(), _NoHiddenEffects():  # type: ignore[no-untyped-call]
@@ -331,6 +336,8 @@ def capture_symbolic(model: torch.nn.Module, inputs: Inputs | None = None) -> Ca
             hint="give example inputs, fxopt.compile(model, (x,)): torch.export then sees shapes and values",
         ) from error
     _refuse_kept_proxies(model)
+    for path, slots, before in held:
+        _settle_assignments(tracer, path, slots, before)
     for name, proxy in zip(tensor_names, graph.find_nodes(op="placeholder"), strict=True):
         proxy.meta["origin"] = (ir.Origin("", name),)
     assert flat.structure.spec is not None
@@ -350,6 +357,26 @@ def _refuse_kept_proxies(model: torch.nn.Module) -> None:
                     f"forward keeps a computed value in {path + '.' if path else ''}{name}",
                     hint="give example inputs, or return the value instead of keeping it",
                 )
+
+
+def _settle_assignments(tracer: _Tracer, path: str, slots: dict[str, Any], before: dict[str, Any]) -> None:
+    """`self.count += 1` is a write, which the graph has, and an assignment of what was written: that is taken back.
+
+    Raises CaptureError for any other assignment: only one call's would be seen.
+    """
+    for name in dict.fromkeys((*before, *slots)):
+        now, was = slots.get(name), before.get(name)
+        if now is was:
+            continue
+        node = now.node if isinstance(now, fx.Proxy) else None
+        while node is not None and node.op == "call_function" and normalize.twin(node.target) is not None:
+            node = cast(fx.Node, node.args[0])
+        if node is None or node.op != "get_attr" or node.target != tracer.name_of(was):
+            raise CaptureError(
+                f"forward assigns {path + '.' if path else ''}{name}",
+                hint="write it in place: self.count += 1, or self.count.copy_(...)",
+            )
+        slots[name] = was
 
 
 def _placeholder_name(name: str) -> str:
