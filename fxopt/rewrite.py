@@ -205,10 +205,10 @@ class Rewriter:
         )
         return result
 
-    def insert_between(self, operand: fx.Node, reader: fx.Node, build: Callable[[], fx.Node], *, rule: str) -> None:
-        """Lets `reader` read what `build` makes of `operand`; other readers go on reading `operand`."""
+    def insert_between(self, operand: fx.Node, reader: fx.Node, build: Callable[[], fx.Node], *, rule: str) -> fx.Node:
+        """Lets `reader` read what `build` makes of `operand`, right behind it; other readers go on reading `operand`."""
         mark = self.editor.mark()
-        self._point, self._origin = reader, ir.origins(operand)
+        self._point, self._origin = operand.next, ir.origins(operand)
         try:
             result = build()
         except Exception:
@@ -222,6 +222,7 @@ class Rewriter:
         self.journal.rewrites.append(
             Rewrite(self.current.name, rule, operand.name, result.name, (), added, self._origin)
         )
+        return result
 
     def remove(self, node: fx.Node, *, rule: str) -> None:
         """Removes a node that nobody reads, and operands that this leaves unread."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from fxopt import effects, ir, ops
 from fxopt.lowering import executor
@@ -127,13 +128,18 @@ def _lower_convolutions(rewriter: Rewriter) -> None:
 
 def _settle_strides(rewriter: Rewriter, node: fx.Node, moved: set[fx.Node]) -> None:
     """Infers again what a node gives, where it reads values in `moved`, whose strides lowering has changed."""
-    before = ir.fake(node)
+    before = ir.value(node)
     if before is None or node.target in _STRIDED or moved.isdisjoint(node.all_input_nodes):
         return
     after = ir.infer(node)
-    if isinstance(after, torch.Tensor) and after.stride() != before.stride():
+    if after is not None and _layout(after) != _layout(before):
         rewriter.editor.set_meta(node, "val", after)
         moved.add(node)
+
+
+def _layout(value: Any) -> list[Any]:
+    """The strides of a value, or of each part of a tuple of values."""
+    return [tuple(part.stride()) for part in pytree.tree_leaves(value) if isinstance(part, torch.Tensor)]
 
 
 def _channels_last(rewriter: Rewriter, node: fx.Node) -> fx.Node:
@@ -252,20 +258,38 @@ _STRIDED = (aten.as_strided.default, aten.view_as_complex.default, aten.view_as_
 def _restore_strides(rewriter: Rewriter) -> None:
     """What the model hands out, and what opaque or stride-reading nodes take, has the strides it has without lowering.
 
-    `meta["strides"]` holds those, set before the passes.
+    `meta["operand_strides"]` holds those, set before the passes. Where a view is handed out, it is the value that it
+    views whose strides are restored, so that results which share memory go on sharing it.
     """
+    restored: dict[fx.Node, fx.Node] = {}
     for node in list(rewriter.graph.nodes):
         opaque = effects.of(node).opaque or node.op == "call_module" or node.target in _STRIDED
-        if node.op != "output" and not opaque:
-            continue
-        wanted = node.meta.get("operand_strides", ())
-        for position, operand in enumerate(node.all_input_nodes):
-            found = ir.fake(operand)
-            if found is None or position >= len(wanted) or wanted[position] is None:
-                continue
-            if tuple(found.stride()) == wanted[position] or not _needs_copy(found, wanted[position]):
-                continue
-            _restride(rewriter, node, operand, wanted[position])
+        if node.op == "output" or opaque:
+            for operand in node.all_input_nodes:
+                _restore(rewriter, node, operand, restored)
+
+
+def _restore(rewriter: Rewriter, reader: fx.Node, operand: fx.Node, restored: dict[fx.Node, fx.Node]) -> None:
+    """Gives `reader` its operand in the strides that it expects, restored where the operand is computed, not viewed."""
+    views = [reader]
+    viewed = effects.of(operand).aliases
+    while viewed and operand.op == "call_function":
+        views.append(operand)
+        reader, operand = operand, viewed[0]
+        viewed = effects.of(operand).aliases
+    found = ir.fake(operand)
+    wanted = dict(zip(reader.all_input_nodes, reader.meta.get("operand_strides", ()), strict=False)).get(operand)
+    if found is None or wanted is None or operand.op != "call_function" or not _needs_copy(found, wanted):
+        return
+    if operand in restored:
+        rewriter.editor.replace_uses(operand, restored[operand], [reader])
+    else:
+        restored[operand] = _restride(rewriter, reader, operand, wanted)
+        restored[restored[operand]] = restored[operand]
+    for view in reversed(views):
+        after = None if view.op == "output" else ir.infer(view)
+        if after is not None:
+            rewriter.editor.set_meta(view, "val", after)
 
 
 def _needs_copy(found: torch.Tensor, wanted: tuple[int, ...]) -> bool:
@@ -274,7 +298,7 @@ def _needs_copy(found: torch.Tensor, wanted: tuple[int, ...]) -> bool:
     )
 
 
-def _restride(rewriter: Rewriter, reader: fx.Node, operand: fx.Node, strides: tuple[int, ...]) -> None:
+def _restride(rewriter: Rewriter, reader: fx.Node, operand: fx.Node, strides: tuple[int, ...]) -> fx.Node:
     order = sorted(range(len(strides)), key=lambda dim: (strides[dim], -dim), reverse=True)
     back = [order.index(dim) for dim in range(len(order))]
 
@@ -285,7 +309,7 @@ def _restride(rewriter: Rewriter, reader: fx.Node, operand: fx.Node, strides: tu
         dense = rewriter.call(aten.clone.default, permuted, memory_format=torch.contiguous_format)
         return rewriter.call(aten.permute.default, dense, back)
 
-    rewriter.insert_between(operand, reader, build, rule="restore-strides")
+    return rewriter.insert_between(operand, reader, build, rule="restore-strides")
 
 
 PASSES = (
