@@ -177,9 +177,10 @@ class Aliases:
     """
 
     group: dict[fx.Node, fx.Node] = field(default_factory=dict)
-    writers: list[fx.Node] = field(default_factory=list)
+    writers: dict[fx.Node, Effects] = field(default_factory=dict)
     foreign: set[fx.Node] = field(default_factory=set)
     storages: dict[object, fx.Node] = field(default_factory=dict)
+    _written: dict[fx.Node, fx.Node] | None = None
 
     @classmethod
     def scan(cls, graph: fx.Graph) -> Aliases:
@@ -191,23 +192,20 @@ class Aliases:
 
     def follow(self, added: Iterable[fx.Node], readers: Iterable[fx.Node]) -> None:
         """Takes in an edit: the nodes that were added, and those that now read another value. Erased writers go."""
-        self.writers = [writer for writer in self.writers if not writer._erased]
+        if any(writer._erased for writer in self.writers):
+            self.writers = {writer: effects for writer, effects in self.writers.items() if not writer._erased}
+            self._written = None
         for node in added:
             self._enter(node)
         for reader in readers:
             if reader.op != "output":
-                for operand in of(reader).aliases:
-                    self._join(reader, operand)
+                self._join_effects(reader)
 
     def _enter(self, node: fx.Node) -> None:
         self.group[node] = node
-        effects = of(node)
-        if effects.writes or effects.opaque:
-            self.writers.append(node)
         if node.op == "output":
             return
-        for operand in effects.aliases:
-            self._join(node, operand)
+        effects = self._join_effects(node)
         if node.op in ("placeholder", "get_attr") or effects.opaque:
             self.foreign.add(node)
         if node.op == "get_attr":
@@ -216,11 +214,24 @@ class Aliases:
                 place = found.untyped_storage().data_ptr() or ("attribute", node.target)
                 self._join(node, self.storages.setdefault(place, node))
 
+    def _join_effects(self, node: fx.Node) -> Effects:
+        effects = of(node)
+        for operand in effects.aliases:
+            self._join(node, operand)
+        if effects.writes or effects.opaque:
+            self.writers[node] = effects
+            if self._written is not None:
+                for written in effects.writes:
+                    self._written.setdefault(self.root(written), node)
+        return effects
+
     def _join(self, left: fx.Node, right: fx.Node) -> None:
         left, right = self.root(left), self.root(right)
         if left is not right:
             first, second = (left, right) if left < right else (right, left)
             self.group[second] = first
+            if self._written is not None and second in self._written:
+                self._written.setdefault(first, self._written.pop(second))
 
     def root(self, node: fx.Node) -> fx.Node:
         """The representative of all values that `node` may share memory with."""
@@ -229,24 +240,33 @@ class Aliases:
             node = self.group[node]
         return node
 
+    def writer_of(self, value: fx.Node) -> fx.Node | None:
+        """The first node, wherever it stands, that is known to write to `value`; None if there is none."""
+        if self._written is None:
+            self._written = {}
+            for writer, effects in self.writers.items():
+                for written in effects.writes:
+                    self._written.setdefault(self.root(written), writer)
+        return self._written.get(self.root(value))
+
     def writer_between(self, first: fx.Node, last: fx.Node, values: Iterable[fx.Node]) -> fx.Node | None:
         """A node strictly between `first` and `last` that may write to one of `values`; None if there is none."""
         if not self.writers:
             return None
         roots = {self.root(node) for node in values if node in self.group}
-        for writer in self.writers:
-            if first < writer < last:
-                effects = of(writer)
-                if effects.opaque or any(self.root(written) in roots for written in effects.writes):
-                    return writer
+        for writer, effects in self.writers.items():
+            if not first < writer < last:
+                continue
+            if effects.opaque or any(self.root(written) in roots for written in effects.writes):
+                return writer
         return None
 
     def written_after(self, node: fx.Node, values: Iterable[fx.Node]) -> fx.Node | None:
         """A node behind `node` that may write to one of `values`; None if there is none."""
         roots = {self.root(value) for value in values if value in self.group}
-        for writer in self.writers:
-            if node < writer:
-                effects = of(writer)
-                if effects.opaque or any(self.root(written) in roots for written in effects.writes):
-                    return writer
+        for writer, effects in self.writers.items():
+            if not node < writer:
+                continue
+            if effects.opaque or any(self.root(written) in roots for written in effects.writes):
+                return writer
         return None

@@ -7,6 +7,7 @@ one, numbers that are known become literals. What cannot be proved stays as it w
 from __future__ import annotations
 
 import operator
+from collections import deque
 from typing import Any
 
 import torch
@@ -78,8 +79,9 @@ def functionalize(module: fx.GraphModule) -> None:
     """Turns each in-place operation on a fresh value into its pure twin, where nobody could tell the difference.
 
     Legal when the value written was computed by the graph (it is no input, no parameter, no result of an opaque node),
-    no other alias of it is read afterwards, and the twin gives the same shape, dtype and strides. Later readers of
-    the written value itself read the twin instead. One write made pure can free another, so it is asked until none is.
+    no alias of it that is older than the write is read afterwards, and the twin gives the same shape, dtype and
+    strides. Later readers of the written value itself read the twin instead, and with them what they alias. One write
+    made pure can free another, so it is asked until none is.
     """
     while _functionalize_once(module):
         pass
@@ -88,9 +90,14 @@ def functionalize(module: fx.GraphModule) -> None:
 def _functionalize_once(module: fx.GraphModule) -> bool:
     changed = False
     aliases = effects.Aliases.scan(module.graph)
-    groups: dict[fx.Node, list[fx.Node]] = {}
+    if not any(twin(writer.target) for writer in aliases.writers):
+        return False
+    ahead: dict[fx.Node, deque[fx.Node]] = {}
     for node in aliases.group:
-        groups.setdefault(aliases.root(node), []).append(node)
+        ahead.setdefault(aliases.root(node), deque()).append(node)
+    foreign = {aliases.root(node) for node in aliases.foreign}
+    # Of each alias group, the values older than the current write that are read behind it: few, however long the chain.
+    live: dict[fx.Node, list[fx.Node]] = {}
     editor = Editor(module)
     for writer in aliases.writers:
         pure = twin(writer.target)
@@ -98,37 +105,21 @@ def _functionalize_once(module: fx.GraphModule) -> bool:
         if pure is None or len(written) != 1 or writer.args[:1] != written:
             continue
         value = written[0]
-        group = groups[aliases.root(value)]
-        if any(member in aliases.foreign for member in group):
+        root = aliases.root(value)
+        if root in foreign:
             continue
-        later = _readers_after(writer, group, aliases)
-        if any(member is not value for member in later):
+        older, waiting = live.get(root, []), ahead[root]
+        while waiting and waiting[0] < writer:
+            older.append(waiting.popleft())
+        live[root] = older = [member for member in older if any(writer < user for user in member.users)]
+        if any(member is not value for member in older) or not _twin_gives_the_same(writer, pure, value):
             continue
-        if not _twin_gives_the_same(writer, pure, value):
-            continue
-        for reader in later.get(value, ()):
-            editor.replace_uses(value, writer, [reader])
+        editor.replace_uses(value, writer, [user for user in value.users if writer < user])
         writer.target = pure
         changed = True
         if ir.value(writer) is not None:
             ir.update_value(writer)
     return changed
-
-
-def _readers_after(writer: fx.Node, group: list[fx.Node], aliases: effects.Aliases) -> dict[fx.Node, list[fx.Node]]:
-    """Which members of an alias group, other than those derived from the writer, are read behind it, and by whom."""
-    derived = {writer}
-    found: dict[fx.Node, list[fx.Node]] = {}
-    for member in group:
-        if member in derived:
-            continue
-        if writer < member and any(operand in derived for operand in effects.of(member).aliases):
-            derived.add(member)
-            continue
-        readers = [user for user in member.users if writer < user]
-        if readers:
-            found[member] = readers
-    return found
 
 
 #: In-place operators that keep their input's shape and dtype whatever these are.
@@ -139,12 +130,11 @@ _UNARY_TWINS = frozenset(
 
 
 def _twin_gives_the_same(writer: fx.Node, pure: OpOverload, value: fx.Node) -> bool:
-    """An in-place operation keeps dtype and shape of what it writes; the twin promotes and broadcasts."""
-    if writer.target._opname in _UNARY_TWINS:  # type: ignore[union-attr]
-        return True
+    """An in-place operation keeps dtype, shape and strides of what it writes; the twin promotes, broadcasts, packs."""
     before = ir.fake(value)
     if before is None:
-        return False
+        unary = writer.target._opname in _UNARY_TWINS and pure._overloadname == "default"  # type: ignore[union-attr]
+        return unary and not effects.of(value).aliases  # a view can have gaps, which the twin would close
     original = writer.target
     writer.target = pure
     try:

@@ -403,11 +403,7 @@ def _driver_guard(match: Match, rewriter: Rewriter) -> NoMatch | None:
         # A constant is read once and for all: it must not be written at any time.
         for value in values:
             if value.op == "get_attr":
-                written = next((w for w in aliases.writers if _may_write(w, value, aliases)), None)
+                written = aliases.writer_of(value)
                 if written is not None:
                     return NoMatch(f"{written.name} may write to {value.target}", written)
     return None
-
-
-def _may_write(writer: fx.Node, value: fx.Node, aliases: effects.Aliases) -> bool:
-    return any(aliases.root(written) is aliases.root(value) for written in effects.of(writer).writes)
