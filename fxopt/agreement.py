@@ -78,7 +78,7 @@ def disagreement(
         copies = [copied(tensor) for tensor in tensors]
         with _Log() as said:
             results = original(*copies)
-        # Copied before the state is put back, which a result may share; and outside the log, which would count the copy.
+        # Copied before the state is put back, which a result may share; outside the log, which would count the copies.
         expected = [copied(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in results]
         put_back()
         torch.random.set_rng_state(state)
