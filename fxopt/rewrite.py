@@ -250,14 +250,19 @@ class Rewriter:
                 pass_name=self.current.name,
                 node=root,
             )
-        same = (before.dtype, before.device) == (after.dtype, after.device)
-        if not same or not ir.same_sizes(before.shape, after.shape):
+        same = (before.dtype, before.device, before.dim()) == (after.dtype, after.device, after.dim())
+        plain = all(type(size) is int for size in (*before.shape, *after.shape))
+        if not same or (plain and before.shape != after.shape):
             raise RewriteError(
                 f"the rewrite changes {ir.describe_value(before)} on {before.device} "
                 f"to {ir.describe_value(after)} on {after.device}",
                 pass_name=self.current.name,
                 node=root,
             )
+        if not ir.same_sizes(before.shape, after.shape):
+            # Inference may settle for one batch size where the operator's own code asks for a number.
+            sizes = f"from {ir.describe_value(before)} to {ir.describe_value(after)}"
+            return NoMatch(f"the sizes might change {sizes}, by what is known of them", root)
         if not self.current.layout and not ir.same_sizes(_strides(before), _strides(after)):
             return NoMatch(f"the strides would change from {before.stride()} to {after.stride()}", root)
         return None
