@@ -28,8 +28,8 @@ def capture_export(
 
     `dynamic_shapes`: "batch" leaves the first dimension of every tensor open, "all" every dimension, None none. A first
     dimension of 1 would be frozen, so it is exported at 2 where the model takes that. `grad` is whether gradients are
-    on meanwhile: with them on, a region that the model itself puts under no_grad is kept as one. Raises CaptureError where
-    torch.export refuses the model, with the user's own line.
+    on meanwhile: with them on, a region that the model itself puts under no_grad is kept as one. Raises CaptureError
+    where torch.export refuses the model, with the user's own line.
     """
     if dynamic_shapes not in ("batch", "all", None):
         raise UsageError(

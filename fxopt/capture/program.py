@@ -203,6 +203,8 @@ def private_copy(model: torch.nn.Module) -> torch.nn.Module:
 
 def _same_memory(held: torch.Tensor) -> torch.Tensor:
     """Another tensor of the same memory and version; subclasses, which may hold more, stay themselves."""
+    if held.is_inference():
+        return held
     if type(held) is torch.nn.Parameter:
         twin: torch.Tensor = torch.nn.Parameter(held.detach(), requires_grad=held.requires_grad)
     elif type(held) is torch.Tensor:
