@@ -21,6 +21,7 @@ from fxopt.plugins import available as passes
 from fxopt.plugins import register
 from fxopt.rewrite import UNKNOWN, Pass, Rewriter, Rule
 from fxopt.runtime import CompiledModule
+from fxopt.verification import Verification, verify
 
 __version__ = "0.1.0"
 
@@ -44,6 +45,7 @@ __all__ = [
     "Rule",
     "StaleWeightsError",
     "UsageError",
+    "Verification",
     "VerificationError",
     "any_of",
     "call",
@@ -58,4 +60,5 @@ __all__ = [
     "register",
     "trace",
     "var",
+    "verify",
 ]
