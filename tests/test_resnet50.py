@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from fxopt.compare import relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
-from zoo import import_torchvision
 
 import fxopt
 from fxopt import ir
+from fxopt.compare import relative_error
+from zoo import import_torchvision
 
 
 class Calls(TorchDispatchMode):
