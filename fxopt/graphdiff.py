@@ -6,6 +6,7 @@ out is plain data, which `fxopt.render` draws.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -13,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import fx
 
 from fxopt import ir
@@ -200,7 +200,7 @@ def _module(given: object) -> fx.GraphModule:
         return given
     if isinstance(given, fx.Graph):
         # A graph alone has no tensors to show: its attributes are only names.
-        return given.owning_module if given.owning_module is not None else fx.GraphModule(torch.nn.Module(), given)
+        return given.owning_module if given.owning_module is not None else ir.new_module(copy.deepcopy(given))
     raise UsageError(
         f"fxopt.diff compares two torch.fx graphs, not {type(given).__name__}",
         hint="take .fused_graph of a compiled module, fxopt.trace(model) or torch.fx.symbolic_trace(model)",
