@@ -17,8 +17,7 @@ from fxopt.errors import (
 )
 from fxopt.graphdiff import GraphDiff, diff
 from fxopt.pattern import Match, NoMatch, any_of, call, const, lit, var
-from fxopt.plugins import available as passes
-from fxopt.plugins import register
+from fxopt.plugins import passes, register
 from fxopt.rewrite import UNKNOWN, Pass, Rewriter, Rule
 from fxopt.runtime import CompiledModule
 from fxopt.verification import Verification, verify

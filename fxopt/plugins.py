@@ -60,6 +60,11 @@ def available() -> dict[str, Installed]:
     return {**found, **_registered}
 
 
+def passes() -> tuple[Installed, ...]:
+    """Every pass that can be named, with who provides it, the default pipeline first and in its order."""
+    return tuple(available().values())
+
+
 def broken() -> dict[str, PluginError]:
     """The plugins that could not be loaded, by entry point, and why."""
     return dict(_installed()[1])
