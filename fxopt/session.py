@@ -163,6 +163,10 @@ class Session:
             if difference is None:
                 return program
             refusals.append(f"the model takes another branch here: {difference}")
+        if self.programs and self.programs[0].symbolic and not self.programs[0].proven:
+            # What waited for the first call is not what this call needs: the report is about what is.
+            self.programs.pop(0)
+            self.start_empty([*self.report.notices, f"captured at the first call, not before it: {refusals[0]}"])
         dynamic = self.options.dynamic_shapes
         if any("another branch" in refusal for refusal in refusals):
             dynamic = None  # what was taken apart by a size must not be captured as if it were open

@@ -177,7 +177,8 @@ def private_copy(model: torch.nn.Module) -> torch.nn.Module:
     """The model's modules copied, in eval mode, sharing the memory of every tensor with the caller's.
 
     The tensors themselves are the copy's own, so that what `model.half()` or `model.to(device)` puts into the caller's
-    is not seen here; a write to the memory shows in the version, which both have in common.
+    is not seen here; a write to the memory shows in the version, which both have in common. They are frozen, as those of
+    the compiled module are: torch computes some operators another way where a weight requires grad.
 
     Raises UsageError for what is not a module, and CaptureError where it cannot be copied.
     """
@@ -206,9 +207,9 @@ def _same_memory(held: torch.Tensor) -> torch.Tensor:
     if held.is_inference():
         return held
     if type(held) is torch.nn.Parameter:
-        twin: torch.Tensor = torch.nn.Parameter(held.detach(), requires_grad=held.requires_grad)
+        twin: torch.Tensor = torch.nn.Parameter(held.detach(), requires_grad=False)
     elif type(held) is torch.Tensor:
-        twin = held.detach().requires_grad_(held.requires_grad)
+        twin = held.detach()
     else:
         return held
     twin.__dict__.update(held.__dict__)

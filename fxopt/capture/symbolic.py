@@ -129,7 +129,7 @@ class _Tracer(fx.Tracer):
             if expansion is not None:
                 return expansion(self, m, *args, **kwargs)
             if self.is_leaf_module(m, path):
-                return self.create_proxy("call_module", path, args, kwargs)
+                return _apart(m, self.create_proxy("call_module", path, args, kwargs))
             return forward(*args, **kwargs)
         finally:
             self._modules.pop()
@@ -207,6 +207,15 @@ class _Tracer(fx.Tracer):
             else:
                 node = self.create_node("call_function", aten.select.int, (node, dim, part), {})
         return node
+
+
+def _apart(m: torch.nn.Module, result: Any) -> Any:
+    """What a leaf gives, in the structure that it always has."""
+    if isinstance(m, torch.nn.LSTM):
+        return result[0], (result[1][0], result[1][1])
+    if isinstance(m, (torch.nn.RNNBase, torch.nn.LSTMCell, torch.nn.MultiheadAttention)):
+        return result[0], result[1]
+    return result
 
 
 # -- modules whose forward looks at shapes ---------------------------------------------------------------------------
