@@ -6,6 +6,7 @@ that begins with `>>>` is a doctest.
 
 from __future__ import annotations
 
+import ast
 import doctest
 import re
 import sys
@@ -54,9 +55,7 @@ def run_doctest(text: str, scope: dict[str, Any], page: Path, line: int) -> None
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if any(blocks(page, "python"))], ids=place)
-def test_the_code_of_a_page_runs_in_order(
-    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_code_of_a_page_runs_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     registered = dict(plugins._registered)
     threads = torch.get_num_threads()
@@ -105,8 +104,35 @@ def test_each_pass_of_the_default_pipeline_has_its_page(name: str) -> None:
 
 def test_every_page_is_on_the_map() -> None:
     index = (DOCS / "README.md").read_text(encoding="utf-8")
-    linked = {(DOCS / found["target"].partition("#")[0]).resolve() for found in LINK.finditer(index)}
-    assert [place(page) for page in PAGES if page.parent != CHECKOUT and page not in linked | {DOCS / "README.md"}] == []
+    mapped = {(DOCS / found["target"].partition("#")[0]).resolve() for found in LINK.finditer(index)}
+    mapped |= {CHECKOUT / "README.md", DOCS / "README.md"}
+    assert [place(page) for page in PAGES if page not in mapped] == []
+
+
+def layers() -> dict[str, int]:
+    """The table of docs/design.md: the row of each module or package (`fxopt.ir`, `fxopt.capture`)."""
+    text = (DOCS / "design.md").read_text(encoding="utf-8").partition("## Decisions")[0]
+    rows = [line.split("|")[2] for line in text.splitlines() if line.startswith("| ")]
+    found = {path: number for number, row in enumerate(rows) for path in re.findall(r"`(fxopt/[\w/]+)", row)}
+    return {path.rstrip("/").replace("/", "."): number for path, number in found.items()}
+
+
+def imports(file: Path) -> set[str]:
+    """The modules of fxopt that a file imports while it is imported itself."""
+    found: set[str] = set()
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and node.module is not None and node.module.startswith("fxopt"):
+            found |= {node.module, *(f"{node.module}.{name.name}" for name in node.names)}
+    return found
+
+
+@pytest.mark.parametrize("module", layers())
+def test_a_layer_imports_only_from_those_above_it(module: str) -> None:
+    home, table = CHECKOUT / module.replace(".", "/"), layers()
+    files = sorted(home.glob("*.py")) if home.is_dir() else [home.with_suffix(".py")]
+    used = {name for file in files for name in imports(file)}
+    below = {name for name in used & table.keys() if table[name] > table[module]}
+    assert below == set()
 
 
 @pytest.mark.parametrize(
