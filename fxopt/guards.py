@@ -123,6 +123,8 @@ class Guards:
 
 
 def _same_constant(left: object, right: object) -> bool:
+    if isinstance(left, (float, complex)):  # 0.0 and -0.0 differ, and NaN is the NaN that was
+        return type(left) is type(right) and repr(left) == repr(right)
     return type(left) is type(right) and (left is right or bool(left == right))
 
 

@@ -212,7 +212,7 @@ def _restore(state: dict[str, Any]) -> CompiledModule:
 
 
 def _signature(leaves: list[Any], spec: pytree.TreeSpec) -> Any:
-    parts = [_tensor_key(leaf) if isinstance(leaf, torch.Tensor) else (type(leaf), leaf) for leaf in leaves]
+    parts = [_tensor_key(leaf) if isinstance(leaf, torch.Tensor) else _constant_key(leaf) for leaf in leaves]
     return (
         tuple(parts),
         spec,
@@ -227,6 +227,11 @@ def _signature(leaves: list[Any], spec: pytree.TreeSpec) -> Any:
 def _tensor_key(leaf: torch.Tensor) -> Any:
     strides = leaf.stride() if leaf.layout is torch.strided else leaf.layout
     return (leaf.shape, strides, leaf.dtype, leaf.device, leaf.requires_grad)
+
+
+def _constant_key(leaf: Any) -> Any:
+    # By their spelling 0.0 and -0.0 differ, and NaN is one constant.
+    return (type(leaf), repr(leaf) if isinstance(leaf, (float, complex)) else leaf)
 
 
 def _presentable(module: fx.GraphModule) -> fx.GraphModule:
