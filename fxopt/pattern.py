@@ -24,11 +24,13 @@ from fxopt import ir
 class NoMatch:
     """Why a rule does not apply: a reason that a user can act on, and the node that it is about.
 
+    `fits` is False where not even the pattern is there, so that nobody would have expected the rule to apply.
     It is truthy, so that guards chain: `first(match) or second(match)`. Ask a match by `isinstance(found, NoMatch)`.
     """
 
     reason: str
     node: fx.Node | None = None
+    fits: bool = True
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ class PassManager:
             run.journal.declines = declines
             status = "rolled back" if isinstance(error, VerificationError) else "failed"
             result = replace(result, status=status, reason=str(error))
-        made = [entry for entry in run.journal.declines.values() if entry.pass_name == current.name]
+        made = [entry for entry in run.journal.declines.values() if entry.pass_name == current.name and entry.fits]
         return replace(
             result,
             rewrites=len(run.journal.rewrites) - rewrites,

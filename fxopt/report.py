@@ -82,6 +82,7 @@ class Report:
                     "node": decline.node,
                     "reason": decline.reason,
                     "pending": decline.pending,
+                    "fits": decline.fits,
                     "modules": _modules(decline.origins),
                 }
                 for decline in self.declines
@@ -140,7 +141,7 @@ class Report:
         done = {name for rewrite in self.rewrites for name in (rewrite.root, *rewrite.removed)}
         counts: Counter[str] = Counter()
         for decline in self.declines:
-            if decline.node not in done and not decline.pending:
+            if decline.fits and decline.node not in done and not decline.pending:
                 words = [word for word in decline.reason.split() if not any(part.isdigit() for part in word)]
                 counts[f"{decline.pass_name}: {' '.join(words)}"] += 1
         return counts.most_common(most)

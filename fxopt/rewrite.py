@@ -72,7 +72,11 @@ class Rewrite:
 
 @dataclass(frozen=True)
 class Decline:
-    """One rewrite that did not happen, and why. `pending` says that it waits for the first call's shapes."""
+    """One rewrite that did not happen, and why.
+
+    `pending` says that it waits for the first call's shapes; `fits` that the pattern was there and a guard declined, so
+    that a user may want to know without asking.
+    """
 
     pass_name: str
     rule: str
@@ -80,6 +84,7 @@ class Decline:
     reason: str
     origins: tuple[ir.Origin, ...]
     pending: bool = False
+    fits: bool = True
 
 
 #: A guard's reason that begins with this is not final: shapes decide it at the first call.
@@ -232,12 +237,12 @@ class Rewriter:
         self._follow(mark, ())
         self.journal.rewrites.append(Rewrite(self.current.name, rule, name, "", removed, (), origin))
 
-    def decline(self, node: fx.Node, reason: str, *, rule: str = "") -> None:
-        """Records why a node was left as it is."""
+    def decline(self, node: fx.Node, reason: str, *, rule: str = "", fits: bool = True) -> None:
+        """Records why a node was left as it is; `fits` where it looked like a place for the rule."""
         key = (self.current.name, rule, node.name)
         pending = reason.startswith(UNKNOWN)
         self.journal.declines[key] = Decline(
-            self.current.name, rule, node.name, reason.removeprefix(UNKNOWN), ir.origins(node), pending
+            self.current.name, rule, node.name, reason.removeprefix(UNKNOWN), ir.origins(node), pending, fits
         )
 
     def _difference(self, root: fx.Node, result: fx.Node) -> NoMatch | None:
@@ -337,7 +342,7 @@ def apply(current: Pass, editor: Editor, journal: Journal, *, budget: int | None
         for rule in by_root.get(node.target, ()):
             result = _try(rule, node, rewriter)
             if isinstance(result, NoMatch):
-                rewriter.decline(node, result.reason, rule=rule.name)
+                rewriter.decline(node, result.reason, rule=rule.name, fits=result.fits)
                 continue
             count += 1
             if count > limit:
@@ -360,7 +365,7 @@ def apply(current: Pass, editor: Editor, journal: Journal, *, budget: int | None
 def _try(rule: Rule, node: fx.Node, rewriter: Rewriter) -> fx.Node | NoMatch:
     match = rule.pattern.match(node)
     if isinstance(match, NoMatch):
-        return match
+        return NoMatch(match.reason, match.node, fits=False)
     refusal = _driver_guard(match, rewriter)
     if refusal is None and rule.guard is not None:
         refusal = _guard(rule, match, rewriter)
