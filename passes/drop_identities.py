@@ -35,9 +35,10 @@ _SAME = (
 )
 _DROPOUTS = _SAME[:4]
 #: So do these, unless a memory format makes them copy.
-_CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout)
+_CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.prim_Device)
 #: These make another tensor of the same memory.
 _VIEWS = (
+    aten.alias.default,
     aten.reshape.default,
     aten.expand.default,
     aten.permute.default,
@@ -102,8 +103,8 @@ def _keeps_values(node: fx.Node) -> str | None:
         case aten.slice.Tensor:
             first = given["start"] in (None, 0) and given["step"] == 1
             return None if first else "it takes a part"
-        case aten.to.dtype | aten.to.device | aten.to.dtype_layout:
-            copies = given["copy"] or given["memory_format"] not in (None, torch.preserve_format)
+        case target if target in _CASTS:
+            copies = given["copy"] or given.get("memory_format") not in (None, torch.preserve_format)
             return "it asks for a copy, or for a memory format" if copies else None
         case _:
             return None
@@ -114,11 +115,10 @@ def _run(rewriter: Rewriter) -> None:
     for node in reversed(list(rewriter.graph.nodes)):
         if node.op != "call_function" or node.target not in TARGETS or node._erased:
             continue
-        reason = _keeps_values(node)
-        if reason is None:
-            reason = _observable(node, rewriter)
+        changes = _keeps_values(node)
+        reason = changes or _observable(node, rewriter)
         if reason is not None:
-            rewriter.decline(node, reason, rule="identity")
+            rewriter.decline(node, reason, rule="identity", fits=changes is None)
             continue
         source = node.args[0]
         assert isinstance(source, fx.Node)

@@ -124,5 +124,16 @@ def operations(module: fx.GraphModule) -> Counter[str]:
 def assert_declined(compiled: fxopt.CompiledModule, rule: str, reason: str) -> None:
     """A rule did nothing anywhere, and once for this reason (a regular expression)."""
     assert rule not in fired(compiled), f"{rule} fired: {compiled.report.rewrites}"
+    assert_declined_somewhere(compiled, rule, reason)
+
+
+def assert_declined_somewhere(compiled: fxopt.CompiledModule, rule: str, reason: str) -> None:
+    """A rule declined at one node for this reason, whatever it did elsewhere."""
     found = reasons(compiled, rule)
     assert any(re.search(reason, text) for text in found), f"{rule} declined for other reasons: {found}"
+
+
+def only(module: fx.GraphModule, name: str) -> fx.Node:
+    """The one node of an operation."""
+    (found,) = [node for node in module.graph.nodes if ir.is_compute(node) and ir.target_name(node) == name]
+    return found

@@ -262,7 +262,7 @@ def test_folds_a_scale_in_front_of_uneven_padding_same() -> None:
 
 
 def test_uneven_padding_same_with_an_open_batch_folds_or_declines_and_never_raises() -> None:
-    """torch infers [2, ...] for conv2d.padding on [s, ...], unless it remembers better: the sizes cannot be compared."""
+    """torch infers [2, ...] for conv2d.padding on [s, ...] unless it remembers better: nothing to compare."""
     model = nn.Sequential(frozen(nn.BatchNorm2d(4), **NO_SHIFT), nn.Conv2d(4, 6, 2, padding="same")).eval()
     compiled = compiled_by(PASSES, model, (torch.randn(image(2)),), "export")
     unknown = any("the sizes might change" in reason for reason in reasons(compiled, BEFORE))
