@@ -21,7 +21,7 @@ import torch
 from fxopt import __version__, plugins
 from fxopt.compiler import FxoptNotice, trace
 from fxopt.compiler import compile as compile_model
-from fxopt.errors import CaptureError, UsageError
+from fxopt.errors import CaptureError, InputError, UsageError
 from fxopt.models import Call, Shape, draw, load_model, randomize_fresh_norms, read_picture
 from fxopt.pipeline import Progress
 from fxopt.render import SUFFIXES
@@ -305,7 +305,12 @@ def verify_command(request: Request, *, as_json: bool, batches: int) -> Exit:
         raise click.UsageError("verify needs inputs: --shape 1x3x224x224, once per argument, or --input picture.jpg")
     with _stdout_kept(as_json), progress() as told:
         made = _make(request, told)
-        found = verify_calls(made.model, made.compiled, _batches(request, made, batches), batches, told)
+        try:
+            found = verify_calls(made.model, made.compiled, _batches(request, made, batches), batches, told)
+        except InputError as error:
+            if request.dynamic_shapes != "none":
+                error.hint = f"{error.hint}; --dynamic-shapes none keeps the batch size"
+            raise
     show({**made.to_dict(request), **found.to_dict()}, str(found), as_json=as_json)
     _say_randomized(request, made)
     if not as_json:
