@@ -132,6 +132,7 @@ def _unlift(program: torch.export.ExportedProgram, flat: FlatModel, inputs: Inpu
     module = ir.new_module(graph, interface)
     lifted = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
     _refuse_unknown(program)
+    first = _first_names(flat)
     names = iter(tensor_names)
     # Inputs first: an attribute is read where the first placeholder behind it stood.
     for node in program.graph.nodes:
@@ -142,7 +143,7 @@ def _unlift(program: torch.export.ExportedProgram, flat: FlatModel, inputs: Inpu
         if node in nodes:
             continue
         if node.op == "placeholder":
-            nodes[node] = _attribute(module, program, lifted[node.name], node) if node.users else None
+            nodes[node] = _attribute(module, program, lifted[node.name], node, first) if node.users else None
         elif node.op == "get_attr":
             ir.set_attribute(module, node.target, ir.get_attribute(program.graph_module, node.target))
             nodes[node] = graph.get_attr(node.target)
@@ -179,9 +180,24 @@ def _refuse_unknown(program: torch.export.ExportedProgram) -> None:
             raise CaptureError(f"torch.export gave a result of kind {out.kind.name}, which fxopt does not know")
 
 
-def _attribute(module: fx.GraphModule, program: torch.export.ExportedProgram, spec: Any, node: fx.Node) -> fx.Node:
+def _first_names(flat: FlatModel) -> dict[tuple[object, ...], str]:
+    """A tensor of several names goes by the first, as in symbolic capture."""
+    held = (*flat.named_parameters(remove_duplicate=False), *flat.named_buffers(remove_duplicate=False))
+    first: dict[tuple[object, ...], str] = {}
+    for name, tensor in held:
+        first.setdefault(ir.identity(tensor), name)
+    return first
+
+
+def _attribute(
+    module: fx.GraphModule,
+    program: torch.export.ExportedProgram,
+    spec: Any,
+    node: fx.Node,
+    first: dict[tuple[object, ...], str],
+) -> fx.Node:
     held = program.constants.get(spec.target) if spec.target in program.constants else program.state_dict[spec.target]
-    name = strip_root(spec.target)
+    name = strip_root(first.get(ir.identity(held), spec.target) if isinstance(held, torch.Tensor) else spec.target)
     path = ir.attribute_path(module, name)
     if isinstance(held, torch.nn.Parameter):
         held = torch.nn.Parameter(held.detach(), requires_grad=False)
