@@ -211,8 +211,11 @@ def fold_after(layer: fx.Node, outer: Map, rewriter: Rewriter) -> fx.Node:
     """The layer that gives scale*layer + shift; the map is per output channel."""
     view = _second_view if is_transposed(layer) else _first_view
     weight, bias = weight_of(layer).double(), bias_of(layer)
-    folded = outer.shift if bias is None else bias.double() * outer.scale + outer.shift
-    return rebuild(layer, weight * view(layer, outer.scale), folded.expand(output_channels(layer)), rewriter)
+    folded = None
+    if bias is not None or outer.shifts:
+        folded = outer.shift if bias is None else bias.double() * outer.scale + outer.shift
+        folded = folded.expand(output_channels(layer))
+    return rebuild(layer, weight * view(layer, outer.scale), folded, rewriter)
 
 
 def fold_before(layer: fx.Node, source: fx.Node, inner: Map, rewriter: Rewriter) -> fx.Node:

@@ -63,6 +63,13 @@ def dtype(norm: fx.Node) -> torch.dtype:
     return mean.dtype
 
 
+def device(norm: fx.Node) -> torch.device:
+    """Where a norm with running statistics holds them."""
+    mean = ir.tensor(ir.argument(norm, "running_mean"))
+    assert mean is not None
+    return mean.device
+
+
 def as_map(norm: fx.Node) -> Map:
     """The norm as y = s*x + t, one entry per channel; not finite where variance + eps is not positive."""
     given = ir.arguments(norm)
