@@ -344,6 +344,10 @@ class Session:
                 for name, tensor in ir.tensors(module).items():
                     if name not in written and not tensor.is_inference():
                         found.setdefault(name, tensor)
+        # Training moves running statistics without raising their version: only the count of batches tells.
+        for name, tensor in self.original.named_buffers() if self.programs else ():
+            if name.endswith("num_batches_tracked") and not tensor.is_inference():
+                found.setdefault(name, tensor)
         return found
 
     def shared_versions(self) -> tuple[tuple[torch.Tensor, int], ...]:

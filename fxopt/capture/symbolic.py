@@ -80,6 +80,7 @@ class _Tracer(fx.Tracer):
         self._attribute_names: dict[int, str] = {}
         self._attribute_proxies: dict[str, fx.Proxy] = {}
         self._modules: list[str] = [""]
+        self._thread = threading.get_ident()
 
     def trace_model(self, root: FlatModel, names: tuple[str, ...]) -> fx.Graph:
         """The graph of `root` as a function of one proxy per name."""
@@ -109,7 +110,7 @@ class _Tracer(fx.Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """A parameter or buffer as one `get_attr` node; found by identity, not by listing every name."""
-        if isinstance(attr_val, torch.Tensor):
+        if isinstance(attr_val, torch.Tensor) and threading.get_ident() == self._thread:
             name = self._attribute_names.get(id(attr_val))
             if name is not None:
                 if name not in self._attribute_proxies:
@@ -121,6 +122,8 @@ class _Tracer(fx.Tracer):
 
     def call_module(self, m: torch.nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         """Traces through, keeping the path; expands what looks at shapes; keeps leaves whole."""
+        if threading.get_ident() != self._thread:  # torch.fx patches nn.Module for the whole process while it traces
+            return forward(*args, **kwargs)
         path = self.path_of_module(m)
         self._modules.append(path)
         try:
