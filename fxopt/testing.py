@@ -112,7 +112,20 @@ def random_network(
 
     Without `writes` nothing is done in place. The same seed gives the same network.
     """
-    choose = random.Random(seed)
+    for attempt in range(100):
+        net, x = _network(random.Random(f"{seed}, {attempt}"), seed, size, exact=exact, writes=writes)
+        try:
+            with torch.no_grad():
+                net(x.clone())
+        except RuntimeError:
+            continue  # PyTorch itself refuses it: a sum into a tensor that overlaps its operand
+        return net, (x,)
+    raise RuntimeError(f"no network of seed {seed} runs")
+
+
+def _network(
+    choose: random.Random, seed: int, size: int, *, exact: bool, writes: bool
+) -> tuple[RandomNetwork, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     dtype = torch.float64 if exact else torch.float32
     net = RandomNetwork()
@@ -132,7 +145,7 @@ def random_network(
     count = 1 if net.structure == "single" else choose.randint(1, 3)
     net.outputs = sorted({len(shapes) - 1, *choose.sample(range(len(shapes)), min(count, len(shapes)))})[-count:]
     x = _numbers(shape, generator, exact=exact).to(dtype)
-    return net.to(dtype).eval(), (x,)
+    return net.to(dtype).eval(), x
 
 
 def _random_step(
