@@ -222,28 +222,29 @@ def fold_before(layer: fx.Node, source: fx.Node, inner: Map, rewriter: Rewriter)
     """The layer of `source` that gives layer(scale*source + shift); the map is per input channel."""
     view = _first_view if is_transposed(layer) else _second_view
     weight, bias = weight_of(layer).double(), bias_of(layer)
-    folded = None if bias is None else bias.double()
+    folded = ir.argument(layer, "bias")
     if inner.shifts:
         added = (weight * view(layer, inner.shift)).flatten(1).sum(1)
-        folded = added if folded is None else folded + added
+        folded = added if bias is None else bias.double() + added
     return rebuild(layer, weight * view(layer, inner.scale), folded, rewriter, source)
 
 
 def rebuild(
     layer: fx.Node,
     weight: torch.Tensor,
-    bias: torch.Tensor | None,
+    bias: torch.Tensor | fx.Node | None,
     rewriter: Rewriter,
     source: fx.Node | None = None,
 ) -> fx.Node:
-    """The layer with another weight and bias (rounded once to the old weight's dtype), and another input if given."""
+    """The layer with another weight and bias (rounded once to the old weight's dtype; a node stays what it is), and
+    another input if given."""
     given = dict(ir.arguments(layer))
     old = weight_of(layer)
     path = str(given["weight"].target)
     home = path.rpartition(".")[0]
     given["weight"] = rewriter.constant(weight.to(old.dtype), f"{path}_folded")
-    given["bias"] = None
-    if bias is not None:
+    given["bias"] = bias
+    if isinstance(bias, torch.Tensor):
         given["bias"] = rewriter.constant(bias.to(old.dtype), f"{home}.bias_folded" if home else "bias_folded")
     if source is not None:
         given["input"] = source
