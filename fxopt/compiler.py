@@ -40,10 +40,12 @@ def choose_passes(passes: Passes = "default", disable: Iterable[str] = ()) -> tu
     return tuple(current for current in chosen if current.name not in unwanted)
 
 
-def _stretch(entry: str | Pass) -> tuple[Pass, ...]:
+def _stretch(entry: object) -> tuple[Pass, ...]:
     """What one entry stands for: a pass, the pass of a name, or the default pipeline."""
     if isinstance(entry, Pass):
         return (entry,)
+    if not isinstance(entry, str):
+        raise UsageError(f"{entry!r} is no pass", hint="give a name that fxopt.passes() lists, or a fxopt.Pass")
     return plugins.default_pipeline() if entry == "default" else (plugins.named(entry),)
 
 
@@ -80,6 +82,8 @@ def compile(
         raise UsageError(f"numerics is {numerics!r}", hint='it is "bitwise", "reassociate" or "approximate"')
     if verify not in (True, False, "each"):
         raise UsageError(f"verify is {verify!r}", hint='it is True, False or "each"')
+    if dynamic_shapes not in ("batch", "all", None):
+        raise UsageError(f"dynamic_shapes is {dynamic_shapes!r}", hint='it is "batch", "all" or None')
     original = private_copy(model)
     if backend != "auto":
         plugins.backend(backend)
@@ -100,7 +104,7 @@ def compile(
             notices.append(f"captured at the first call instead of now: {error.message}")
             session.start_empty([])
     else:
-        given = (args,) if isinstance(args, torch.Tensor) else tuple(args or ())
+        given = _examples(args)
         session.start_empty([])
         compiled = CompiledModule(session)
         with torch.no_grad():
@@ -111,6 +115,17 @@ def compile(
     session.report.notices[:0] = notices
     _tell(notices)
     return CompiledModule(session)
+
+
+def _examples(args: Any) -> tuple[Any, ...]:
+    if args is None or isinstance(args, (tuple, list)):
+        return tuple(args or ())
+    if isinstance(args, torch.Tensor):
+        return (args,)
+    raise UsageError(
+        f"the example inputs are {type(args).__name__}, not the tuple of the call's arguments",
+        hint="fxopt.compile(model, (x,)), or fxopt.compile(model, (x,), {'mask': mask})",
+    )
 
 
 def _key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -137,7 +152,7 @@ def trace(
     if example_inputs is None and not kwargs:
         captured = capture_symbolic(original)
     else:
-        given = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs or ())
+        given = _examples(example_inputs)
         captured = capture_export(original, Inputs.flatten(given, kwargs))
     captured.module.recompile()
     return captured.module

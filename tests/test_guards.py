@@ -1,4 +1,4 @@
-"""Branches that a capture could get wrong: each call gets the branch that the model takes for it, and eager's answer."""
+"""Branches that a capture could get wrong: each call gets the branch that the model takes for it, as in eager."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from graphs import Network, TwoInputs, randomised
 from torch import nn
 
 import fxopt
 from fxopt.session import Session
+from graphs import Network, TwoInputs, randomised
 
 pytestmark = pytest.mark.filterwarnings("ignore::fxopt.FxoptNotice")
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from graphs import FRONT_ENDS, Network, randomised, unmodified
 from torch import nn
 
 import fxopt
 from fxopt import plugins
 from fxopt.runtime import MOST_SPECIALISATIONS
+from graphs import FRONT_ENDS, Network, randomised, unmodified
 
 pytestmark = pytest.mark.filterwarnings("ignore::fxopt.FxoptNotice")
 

@@ -61,7 +61,7 @@ def _doubled(inputs: Inputs) -> Inputs:
 
 
 def _dynamic(inputs: Inputs, dynamic_shapes: str | None) -> Any:
-    if dynamic_shapes is None:
+    if dynamic_shapes is None or not inputs.tensors:
         return None
     last = 1 if dynamic_shapes == "batch" else 1_000
     return (tuple(dict.fromkeys(range(min(tensor.dim(), last)), Dim.AUTO) for tensor in inputs.tensors),)

@@ -190,6 +190,10 @@ def private_copy(model: torch.nn.Module) -> torch.nn.Module:
     memo: dict[int, Any] = {}
     for module in model.modules():
         for held in (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()):
+            if isinstance(held, torch.Tensor) and torch.nn.parameter.is_lazy(held):
+                raise UsageError(
+                    f"the model is lazy: {type(module).__name__} has no sizes yet", hint="call it once on an example first"
+                )
             if isinstance(held, torch.Tensor):
                 memo[id(held)] = _same_memory(held)
     try:
