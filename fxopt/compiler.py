@@ -87,6 +87,8 @@ def compile(
     original = private_copy(model)
     if backend != "auto":
         plugins.backend(backend)
+    for broken in plugins.broken().values() if strict else ():
+        raise broken
     options = Options(choose_passes(passes, disable), backend, numerics, verify, dynamic_shapes, strict, progress)
     notices = []
     if any(module.training for module in model.modules()):

@@ -159,9 +159,12 @@ def _joined(report: Report, results: list[PassResult], journal: Journal, after: 
 
     merged = []
     for first, second in zip(report.passes, results, strict=True):
+        told = second if second.status != "done" else first
         merged.append(
             replace(
                 second,
+                status=told.status,
+                reason=told.reason,
                 rewrites=first.rewrites + second.rewrites,
                 nodes_before=first.nodes_before,
                 seconds=first.seconds + second.seconds,

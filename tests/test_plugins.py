@@ -1,0 +1,155 @@
+"""Plugins: entry points and `register`; one that is broken is named and takes nothing down; two of one name are refused."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from importlib.metadata import EntryPoint
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fxopt
+from fxopt import Pass, Rewriter, plugins
+from graphs import randomised
+
+
+def nothing(rewriter: Rewriter) -> None:
+    """A pass that does nothing."""
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Makes entry points of made-up distributions appear beside the real ones."""
+    extra: list[EntryPoint] = []
+    real = plugins.entry_points
+
+    def entry_points(*, group: str) -> list[EntryPoint]:
+        return [*extra, *real(group=group)] if group == plugins.PASS_GROUP else list(real(group=group))
+
+    def install(distribution: str, name: str, value: Any) -> None:
+        module = ModuleType(f"plugin_{distribution}_{name}")
+        if not isinstance(value, Exception):
+            module.VALUE = value  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        point = EntryPoint(name, f"{module.__name__}:VALUE", plugins.PASS_GROUP)
+        vars(point).update(dist=SimpleNamespace(name=distribution))
+        if isinstance(value, Exception):
+            vars(point).update(load=_raiser(value))
+        extra.append(point)
+        plugins.reload()
+
+    monkeypatch.setattr(plugins, "entry_points", entry_points)
+    yield install
+    extra.clear()
+    plugins.reload()
+
+
+def _raiser(error: Exception) -> Any:
+    def load() -> None:
+        raise error
+
+    return load
+
+
+def convnet() -> nn.Module:
+    return randomised(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()))
+
+
+def compiles(**options: Any) -> fxopt.CompiledModule:
+    model, given = convnet(), torch.randn(2, 3, 8, 8)
+    compiled = fxopt.compile(model, (given,), **options)
+    torch.testing.assert_close(compiled(given), model(given), rtol=2e-5, atol=1e-5)
+    return compiled
+
+
+def test_built_in_passes_come_by_the_same_door_and_in_their_order() -> None:
+    names = [entry.name for entry in fxopt.passes() if entry.default]
+    assert names == [current.name for current in plugins.default_pipeline()]
+    assert names.index("fold-batchnorm") < names.index("fuse-conv-activation")
+    assert {entry.origin for entry in fxopt.passes() if entry.default} == {"fxopt"}
+
+
+@pytest.mark.parametrize("value", [Pass("theirs", run=nothing), (Pass("theirs", run=nothing),)], ids=["one", "a tuple"])
+def test_an_installed_pass_can_be_named_but_never_joins_by_itself(installed: Any, value: Any) -> None:
+    installed("acme", "theirs", value)
+    assert "theirs" in {entry.name for entry in fxopt.passes()}
+    assert "theirs" not in {result.name for result in compiles().report.passes}
+    report = compiles(passes=["default", "theirs"]).report
+    assert report.passes[-1].name == "theirs"
+
+
+def test_a_plugin_that_raises_on_import_is_named_and_takes_nothing_down(installed: Any) -> None:
+    installed("acme", "broken", ImportError("no module named gpu"))
+    (error,) = plugins.broken().values()
+    for word in ("'broken' of acme could not be loaded", "no module named gpu", "pip install --upgrade acme"):
+        assert word in str(error)
+    compiled = compiles()
+    assert any("no module named gpu" in notice for notice in compiled.report.notices)
+    assert "fold-batchnorm" in {result.name for result in compiled.report.passes}
+    with pytest.raises(fxopt.UsageError, match="plugins that could not be loaded: acme: broken"):
+        compiles(passes=["broken"])
+
+
+def test_strict_raises_for_a_plugin_that_raises_on_import(installed: Any) -> None:
+    installed("acme", "broken", ImportError("no module named gpu"))
+    with pytest.raises(fxopt.PluginError, match="no module named gpu"):
+        compiles(strict=True)
+
+
+def test_a_plugin_that_is_no_pass_is_named(installed: Any) -> None:
+    installed("acme", "odd", 3)
+    (error,) = plugins.broken().values()
+    assert "gives 3, which is not a Pass" in str(error)
+    compiles()
+
+
+@pytest.mark.parametrize("taken", ["fold-batchnorm", "theirs"], ids=["fxopt's own", "another's"])
+def test_two_passes_of_one_name_are_an_error_that_names_both_owners(installed: Any, taken: str) -> None:
+    installed("acme", "one", Pass(taken, run=nothing))
+    if taken == "theirs":
+        installed("globex", "two", Pass(taken, run=nothing))
+    with pytest.raises(fxopt.PluginError) as caught:
+        compiles()
+    said = str(caught.value)
+    assert f"two passes are named {taken!r}" in said
+    assert "acme" in said
+    assert ("globex" if taken == "theirs" else "fxopt") in said
+    assert "uninstall one of them" in said
+
+
+def test_one_pass_under_two_entry_points_is_one_pass(installed: Any) -> None:
+    theirs = Pass("theirs", run=nothing)
+    installed("acme", "one", theirs)
+    installed("acme", "two", theirs)
+    compiles(passes=["theirs"])
+
+
+# -- register --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def registered() -> Iterator[Pass]:
+    mine = fxopt.register(Pass("mine", run=nothing))
+    yield mine
+    plugins.unregister("mine")
+
+
+def test_a_registered_pass_can_be_named_in_this_process(registered: Pass) -> None:
+    assert compiles(passes=["mine"]).report.passes[0].name == "mine"
+    assert "mine" not in {result.name for result in compiles().report.passes}
+    assert fxopt.register(registered) is registered, "registering it again is no harm"
+
+
+def test_registering_a_name_that_is_taken_names_both_owners(registered: Pass) -> None:
+    for name, owner in (("mine", "this process"), ("fold-batchnorm", "fxopt")):
+        with pytest.raises(fxopt.PluginError, match=f"two passes are named '{name}': one of {owner}"):
+            fxopt.register(Pass(name, run=nothing), origin="a notebook")
+
+
+def test_registering_what_is_no_pass_is_refused() -> None:
+    with pytest.raises(fxopt.PluginError, match="is not a Pass"):
+        fxopt.register(nothing)  # type: ignore[arg-type]
