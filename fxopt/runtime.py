@@ -71,11 +71,12 @@ class CompiledModule(torch.nn.Module):
 
     def _specialise(self, args: tuple[Any, ...], kwargs: dict[str, Any], key: Any) -> Specialisation:
         with self._lock:
-            if key in self._ready:
+            if key is not None and key in self._ready:
                 return self._ready[key]
             self._check_versions()
             made = self._session.specialise(Inputs.flatten(args, kwargs))
-            self._ready[key] = made
+            if key is not None:  # what cannot be a key, and is taken all the same, is prepared for each call
+                self._ready[key] = made
             while len(self._ready) > MOST_SPECIALISATIONS:
                 self._ready.popitem(last=False)
             self._remember()
@@ -230,8 +231,8 @@ def _tensor_key(leaf: torch.Tensor) -> Any:
 
 
 def _constant_key(leaf: Any) -> Any:
-    # By their spelling 0.0 and -0.0 differ, and NaN is one constant.
-    return (type(leaf), repr(leaf) if isinstance(leaf, (float, complex)) else leaf)
+    # By their spelling 0.0 and -0.0 differ, and NaN is one constant; a slice has no hash before Python 3.12.
+    return (type(leaf), repr(leaf) if isinstance(leaf, (float, complex, slice)) else leaf)
 
 
 def _presentable(module: fx.GraphModule) -> fx.GraphModule:
