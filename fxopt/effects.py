@@ -208,6 +208,8 @@ class Aliases:
         effects = self._join_effects(node)
         if node.op in ("placeholder", "get_attr") or effects.opaque:
             self.foreign.add(node)
+        if node.op == "placeholder":  # a caller may give one tensor twice, or two views of one
+            self._join(node, self.storages.setdefault("inputs", node))
         if node.op == "get_attr":
             found = ir.tensor(node)
             if found is not None and found.layout is torch.strided:
