@@ -65,7 +65,7 @@ Pair = collections.namedtuple("Pair", "left right")
     ("body", "given"),
     [
         pytest.param(lambda m, x: (m.norm(m.conv(x[0])), x[1]), (image(), image(3)), id="a tuple in, a tuple out"),
-        pytest.param(lambda m, x: [m.conv(x["a"]), x["b"] + 1], dict(a=image(), b=image()), id="a dict in, a list out"),
+        pytest.param(lambda m, x: [m.conv(x["a"]), x["b"]], {"a": image(), "b": image()}, id="a dict in, a list out"),
         pytest.param(lambda m, x: {"y": m.conv(x), "deep": {"z": (x + 1,)}}, image(), id="nested dicts out"),
         pytest.param(lambda m, x: (m.conv(x), None, 3, "name", 0.5, True), image(), id="constants out"),
         pytest.param(lambda m, x: None, image(), id="None out"),

@@ -1,4 +1,4 @@
-"""Plugins: entry points and `register`; one that is broken is named and takes nothing down; two of one name are refused."""
+"""Plugins: entry points and `register`; a broken one is named and takes nothing down; two of one name are refused."""
 
 from __future__ import annotations
 
