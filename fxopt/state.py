@@ -64,7 +64,8 @@ class KeptState:
     def put_back(self) -> None:
         """Gives the tensors the values that they had at the beginning."""
         for held, version, before in self._tensors:
-            if held._version != version:
+            # A norm in training mode writes its running statistics without a new version.
+            if held._version != version or not _same_numbers(held, before):
                 with torch.no_grad():
                     held.copy_(before)
 
@@ -114,6 +115,14 @@ def _same(left: Any, right: Any) -> bool:
     if isinstance(left, dict):
         return list(left) == list(right) and all(_same(left[key], right[key]) for key in left)
     return isinstance(left, (bool, int, float, str, torch.dtype, torch.device)) and repr(left) == repr(right)
+
+
+def _same_numbers(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """The same numbers in the same places, NaN counted as one."""
+    if left.layout is not torch.strided or left.is_quantized or left.is_meta:
+        return True
+    left = left.detach()
+    return torch.equal(left, right) or bool(((left == right) | (left != left) & (right != right)).all())
 
 
 def _place(leaf: Any) -> int | None:
