@@ -151,7 +151,7 @@ def compare(
         return Verdict(False, worst, errors, said + ", and the same bits were asked for")
     if math.isinf(worst):
         infinite = next(index for index in suspects if math.isinf(errors[index].relative))
-        return Verdict(False, worst, errors, f"output {infinite} is not finite where the original is, or the reverse")
+        return Verdict(False, worst, errors, f"output {infinite} is off where the original is zero or not finite")
     exact = None
     if reference is not None:
         try:

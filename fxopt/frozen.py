@@ -99,6 +99,7 @@ def freeze(session: Session) -> dict[str, Any]:
                 "module": freeze_graph(program.module),
                 "guards": program.guards,
                 "report": program.report,
+                "passes": tuple(map(_named, program.passes)),
                 "proven": program.proven,
             }
             for program in session.programs
@@ -116,17 +117,28 @@ def _named(current: Pass) -> str | Pass:
     return current.name if found is not None and found.current is current else current
 
 
+def _passes(held: tuple[str | Pass, ...]) -> tuple[Pass, ...]:
+    return tuple(plugins.named(current) if isinstance(current, str) else current for current in held)
+
+
 def thaw(state: dict[str, Any]) -> Session:
     """The session that `freeze` wrote down."""
     from fxopt.session import Session
 
     kept = dict(state["options"])
-    kept["passes"] = tuple(plugins.named(held) if isinstance(held, str) else held for held in kept["passes"])
+    kept["passes"] = _passes(kept["passes"])
     session = Session(state["original"], state["name"], Options(**kept))
     for frozen in state["programs"]:
         captured = Captured(thaw_graph(frozen["captured"]), frozen["front_end"])
         session.programs.append(
-            Program(captured, frozen["guards"], thaw_graph(frozen["module"]), frozen["report"], set(frozen["proven"]))
+            Program(
+                captured,
+                frozen["guards"],
+                thaw_graph(frozen["module"]),
+                frozen["report"],
+                _passes(frozen["passes"]),
+                set(frozen["proven"]),
+            )
         )
     session.before, session.after = thaw_graph(state["before"]), thaw_graph(state["after"])
     session.report, session.converted = state["report"], state["converted"]

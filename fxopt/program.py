@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -37,19 +37,25 @@ class Program:
     """A capture and its rewritten twin.
 
     `captured.module` is never changed after capture; `module` is the rewritten graph, valid for every input that
-    `guards` admit. A symbolic capture has no values yet: it is rewritten again, for concrete shapes, per signature.
+    `guards` admit, and `passes` are those that it owes itself to. A symbolic capture has no values yet: it is rewritten
+    again, for concrete shapes, per signature.
     """
 
     captured: Captured
     guards: Guards
     module: fx.GraphModule
     report: Report
+    passes: tuple[Pass, ...]
     proven: set[Any] = field(default_factory=set)
 
     @property
     def symbolic(self) -> bool:
         """Whether shapes wait for each signature."""
         return self.captured.front_end == "symbolic"
+
+
+#: Passes that ended so run again where shapes become known; what failed or was rolled back does not.
+KEPT = ("done", "skipped")
 
 
 def make_program(
@@ -79,7 +85,8 @@ def make_program(
         notices=list(captured.notices) + [str(error) for error in plugins.broken().values()],
         seconds=seconds,
     )
-    return Program(captured, Guards.of(captured), module, report)
+    kept = (current for current, result in zip(options.passes, run.results, strict=True) if result.status in KEPT)
+    return Program(captured, Guards.of(captured), module, report, tuple(kept))
 
 
 def prune_attributes(module: fx.GraphModule) -> None:
@@ -119,7 +126,7 @@ def concrete_module(program: Program, inputs: Inputs, options: Options) -> tuple
     normalize.normalize(module)
     if not program.symbolic:
         return module, program.report
-    run = PassManager(options.passes, numerics=options.numerics, strict=options.strict).run(module)
+    run = PassManager(program.passes, numerics=options.numerics, strict=options.strict).run(module)
     prune_attributes(module)
     return module, _joined(program.report, run.results, run.journal, compute_nodes(module))
 
@@ -155,21 +162,18 @@ def describe(inputs: Inputs) -> str:
 
 def _joined(report: Report, results: list[PassResult], journal: Journal, after: int) -> Report:
     """The report of the first run and of the run with shapes as one: per pass the sum, of declines the last word."""
-    from dataclasses import replace
-
-    merged = []
-    for first, second in zip(report.passes, results, strict=True):
-        told = second if second.status != "done" else first
-        merged.append(
-            replace(
-                second,
-                status=told.status,
-                reason=told.reason,
-                rewrites=first.rewrites + second.rewrites,
-                nodes_before=first.nodes_before,
-                seconds=first.seconds + second.seconds,
-            )
+    again = {result.name: result for result in results}
+    merged = [
+        replace(
+            again[first.name],
+            rewrites=first.rewrites + again[first.name].rewrites,
+            nodes_before=first.nodes_before,
+            seconds=first.seconds + again[first.name].seconds,
         )
+        if first.name in again
+        else first
+        for first in report.passes
+    ]
     rewrites = [*report.journal.rewrites, *journal.rewrites]
     gone = {name for rewrite in rewrites for name in rewrite.removed}
     declines = {key: d for key, d in report.journal.declines.items() if not d.pending and d.node not in gone}

@@ -163,7 +163,10 @@ def _modules(origins: tuple[ir.Origin, ...]) -> list[str]:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What became of a layer (a module path) or node: what it was, what was done, what was not and why, what it is."""
+    """What became of a layer (a module path) or node: what it was, what was done, what was not and why, what it is.
+
+    `absent` are the passes that were skipped, failed, or rolled back as a whole, whatever they would have done here.
+    """
 
     subject: str
     before: tuple[str, ...]
@@ -171,6 +174,7 @@ class Explanation:
     declines: tuple[Decline, ...]
     after: tuple[str, ...]
     lines: tuple[str, ...]
+    absent: tuple[PassResult, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The explanation for programs."""
@@ -187,6 +191,7 @@ class Explanation:
                 {"pass": d.pass_name, "rule": d.rule, "node": d.node, "reason": d.reason, "pending": d.pending}
                 for d in self.declines
             ],
+            "absent": [{"pass": r.name, "status": r.status, "reason": r.reason} for r in self.absent],
         }
 
     def __str__(self) -> str:
@@ -199,15 +204,18 @@ class Explanation:
         for decline in self.declines:
             when = "pending" if decline.pending else "declined"
             lines.append(f"  {decline.pass_name} ({decline.rule}): {when} at {decline.node}: {decline.reason}")
+        lines += [f"  {r.name}: {r.status} as a whole: {r.reason.splitlines()[0]}" for r in self.absent]
         lines.append("  is:  " + ("; ".join(self.after) or "nothing: it was folded away or removed"))
         return "\n".join(lines)
 
 
-def explain(subject: str, before: fx.GraphModule, after: fx.GraphModule, journal: Journal) -> Explanation:
+def explain(subject: str, before: fx.GraphModule, after: fx.GraphModule, report: Report) -> Explanation:
     """The story of a module path (and what is inside it) or of a node.
 
     Raises UsageError, with the nearest names, where nothing has that name.
     """
+
+    journal = report.journal
 
     def concerns(origins: tuple[ir.Origin, ...]) -> bool:
         return any(origin.module == subject or origin.module.startswith(subject + ".") for origin in origins)
@@ -237,8 +245,9 @@ def explain(subject: str, before: fx.GraphModule, after: fx.GraphModule, journal
         if (concerns(decline.origins) or decline.node in names) and decline.node not in gone
     )
     lines = tuple(dict.fromkeys(origin.line for node in was for origin in ir.origins(node) if origin.line))
+    absent = tuple(result for result in report.passes if result.status != "done")
     return Explanation(
-        subject, tuple(map(_describe, was)), rewrites, declines, tuple(map(_describe, is_now)), lines[:3]
+        subject, tuple(map(_describe, was)), rewrites, declines, tuple(map(_describe, is_now)), lines[:3], absent
     )
 
 

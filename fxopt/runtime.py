@@ -112,7 +112,7 @@ class CompiledModule(torch.nn.Module):
 
         Raises UsageError where nothing has that name.
         """
-        return explain(subject, self._session.before, self._session.after, self._session.report.journal)
+        return explain(subject, self._session.before, self._session.after, self._session.report)
 
     def diff(self, pass_name: str | None = None) -> Any:
         """The graph before and after, to save as a picture: of all passes, or of one."""

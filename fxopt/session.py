@@ -18,13 +18,15 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from fxopt import agreement, ir, plugins
+from fxopt import agreement, ir, normalize, plugins
 from fxopt.capture import Captured, Inputs, capture_export, capture_symbolic, private_copy
 from fxopt.capture.program import register_dataclasses
 from fxopt.compare import Verdict, compare
 from fxopt.errors import CaptureError, FxoptError, InputError, VerificationError
 from fxopt.lowering.backend import Setting, set_concrete_values
+from fxopt.pipeline import PassManager, PassResult
 from fxopt.program import (
+    KEPT,
     Options,
     Program,
     Specialisation,
@@ -265,19 +267,25 @@ class Session:
         if self.restless:
             self._refuse_hidden_state(program, inputs)
         verdict = self._compare(expected, self._run(made, inputs), inputs)
-        report = self.report if program is self.programs[0] else program.report
-        if not verdict.ok and self.options.strict:
-            raise VerificationError(f"the compiled model gives another answer: {verdict.reason}", hint=_HINT)
-        if not verdict.ok and made.backend != "aten":
-            report.notices.append(f"backend {made.backend} gave another answer, aten runs instead: {verdict.reason}")
-            made = self._portable(program, plain)
-            report.backend = made.backend
-            verdict = self._compare(expected, self._run(made, inputs), inputs)
         if not verdict.ok:
-            made, verdict = self._without_the_guilty(program, expected, inputs)
-        report.verdict = verdict
+            portable = self._portable(program, plain)
+            mended = self._compare(expected, self._run(portable, inputs), inputs)
+            if not mended.ok:
+                made, verdict = self._without_the_guilty(program, expected, inputs, made.backend)
+            elif self.options.strict:
+                said = f"the backend {made.backend} gives another answer: {verdict.reason}"
+                raise VerificationError(said, hint=_HINT)
+            else:
+                notice = f"backend {made.backend} gave another answer, aten runs instead: {verdict.reason}"
+                self._report_of(program).notices.append(notice)
+                made, verdict = portable, mended
+        report = self._report_of(program)
+        report.backend, report.verdict = made.backend, verdict
         report.seconds["verify"] = time.perf_counter() - start
         return made
+
+    def _report_of(self, program: Program) -> Report:
+        return self.report if program is self.programs[0] else program.report
 
     def _refuse_hidden_state(self, program: Program, inputs: Inputs) -> None:
         """A forward that changes plain attributes is run once more: a capture has what they were at its time."""
@@ -302,33 +310,51 @@ class Session:
             return kept.apart(_seeded(run, inputs))
 
     def _without_the_guilty(
-        self, program: Program, expected: Sequence[Any], inputs: Inputs
+        self, program: Program, expected: Sequence[Any], inputs: Inputs, backend: str
     ) -> tuple[Specialisation, Verdict]:
-        """Runs the passes again, judged one by one; what changes the answer is rolled back and named in the report."""
+        """The program without the passes that change the answer, which the report names.
+
+        Raises VerificationError where the capture itself is wrong, where no pass is to blame, or with strict.
+        """
+        guilty = {result.name: result for result in self._blamed(program, expected, inputs)}
+        innocent = tuple(current for current in self.options.passes if current.name not in guilty)
+        again = make_program(
+            program.captured, self.name, replace(self.options, passes=innocent), program.report.seconds
+        )
+        rows = {result.name: result for result in (*again.report.passes, *guilty.values())}
+        again.report.passes = [rows[current.name] for current in self.options.passes]
+        again.report.notices = program.report.notices
+        program.module, program.passes, program.report = again.module, again.passes, again.report
+        module, report = concrete_module(program, inputs, self.options)
+        if program is self.programs[0]:
+            self.report = report
+            self.after = ir.copy(module)[0] if program.symbolic else program.module
+        plain, _ = ir.copy(module)
+        for name in dict.fromkeys((backend, "aten")):
+            made = lower(program, ir.copy(plain)[0], plugins.backend(name), self.packed, self.options)
+            verdict = self._compare(expected, self._run(made, inputs), inputs)
+            if verdict.ok:
+                return made, verdict
+        raise VerificationError(f"the compiled model gives another answer: {verdict.reason}", hint=_HINT)
+
+    def _blamed(self, program: Program, expected: Sequence[Any], inputs: Inputs) -> list[PassResult]:
+        """The passes that fail or change the answer: run one by one on the captured graph, with the shapes known."""
 
         def judge(module: fx.GraphModule) -> Verdict:
-            twin, _ = ir.copy(module)
-            set_concrete_values(twin, inputs.tensors)
-            return self._compare(expected, self._run_graph(twin, inputs), inputs)
+            return self._compare(expected, self._run_graph(ir.copy(module)[0], inputs), inputs)
 
-        captured = program.captured
-        if not judge(captured.module).ok:
+        module, _ = ir.copy(program.captured.module)
+        set_concrete_values(module, inputs.tensors)
+        normalize.normalize(module)
+        captured = judge(module)
+        if not captured.ok:
             raise VerificationError(
-                f"the captured graph gives another answer than the model: {judge(captured.module).reason}", hint=_HINT
+                f"the captured graph gives another answer than the model: {captured.reason}", hint=_HINT
             )
-        options = replace(self.options, verify="each")
-        again = make_program(captured, self.name, options, program.report.seconds, judge)
-        again.report.notices[:0] = program.report.notices
-        program.module, program.report = again.module, again.report
-        if program is self.programs[0]:
-            self.after, self.report = again.module, again.report
-        module, report = concrete_module(program, inputs, options)
-        made = self._portable(program, module)
-        verdict = self._compare(expected, self._run(made, inputs), inputs)
-        if not verdict.ok:
-            raise VerificationError(f"the compiled model gives another answer: {verdict.reason}", hint=_HINT)
-        report.backend = made.backend
-        return made, verdict
+        manager = PassManager(
+            program.passes, numerics=self.options.numerics, strict=self.options.strict, judge=judge, each=True
+        )
+        return [result for result in manager.run(module).results if result.status not in KEPT]
 
     # -- tensors -----------------------------------------------------------------------------------------------------
 

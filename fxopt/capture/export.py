@@ -6,14 +6,16 @@ The guards that this leaves are kept and asked of every new signature; nothing a
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, cast
+from contextlib import contextmanager, redirect_stderr
+from typing import Any, TextIO, cast
 
 import torch
 from torch import fx
 from torch.export import Dim
+from torch.export import _trace as export_trace
 from torch.export.graph_signature import InputKind, OutputKind
 
 from fxopt import check, ir, normalize
@@ -67,15 +69,31 @@ def _dynamic(inputs: Inputs, dynamic_shapes: str | None) -> Any:
     return (tuple(dict.fromkeys(range(min(tensor.dim(), last)), Dim.AUTO) for tensor in inputs.tensors),)
 
 
+class _WithoutDumps:
+    """The error stream without the partial graph that torch.export prints beside its error."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """Writes what the model's own code writes."""
+        if sys._getframe(1).f_code.co_filename == export_trace.__file__:
+            return len(text)
+        return self.stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """torch.export logs and warns about what its errors say again."""
+    """torch.export logs, warns about and prints what its errors say again."""
     loggers = [logging.getLogger(name) for name in ("torch.export", "torch.fx.experimental", "torch._export")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(cast(TextIO, _WithoutDumps(sys.stderr))):
             warnings.simplefilter("ignore")
             yield
     finally:
