@@ -191,10 +191,7 @@ class Aliases:
         return found
 
     def follow(self, added: Iterable[fx.Node], readers: Iterable[fx.Node]) -> None:
-        """Takes in an edit: the nodes that were added, and those that now read another value. Erased writers go."""
-        if any(writer._erased for writer in self.writers):
-            self.writers = {writer: effects for writer, effects in self.writers.items() if not writer._erased}
-            self._written = None
+        """Takes in an edit: the nodes that were added, and those that now read another value."""
         for node in added:
             self._enter(node)
         for reader in readers:
@@ -244,12 +241,14 @@ class Aliases:
 
     def writer_of(self, value: fx.Node) -> fx.Node | None:
         """The first node, wherever it stands, that is known to write to `value`; None if there is none."""
-        if self._written is None:
+        root = self.root(value)
+        if self._written is None or (root in self._written and self._written[root]._erased):
+            self.writers = {writer: effects for writer, effects in self.writers.items() if not writer._erased}
             self._written = {}
             for writer, effects in self.writers.items():
                 for written in effects.writes:
                     self._written.setdefault(self.root(written), writer)
-        return self._written.get(self.root(value))
+        return self._written.get(root)
 
     def writer_between(self, first: fx.Node, last: fx.Node, values: Iterable[fx.Node]) -> fx.Node | None:
         """A node strictly between `first` and `last` that may write to one of `values`; None if there is none."""
@@ -257,7 +256,7 @@ class Aliases:
             return None
         roots = {self.root(node) for node in values if node in self.group}
         for writer, effects in self.writers.items():
-            if not first < writer < last:
+            if writer._erased or not first < writer < last:
                 continue
             if effects.opaque or any(self.root(written) in roots for written in effects.writes):
                 return writer
@@ -267,7 +266,7 @@ class Aliases:
         """A node behind `node` that may write to one of `values`; None if there is none."""
         roots = {self.root(value) for value in values if value in self.group}
         for writer, effects in self.writers.items():
-            if not node < writer:
+            if writer._erased or not node < writer:
                 continue
             if effects.opaque or any(self.root(written) in roots for written in effects.writes):
                 return writer
