@@ -7,7 +7,7 @@ both nodes carry (module path, source line); the node's own name. A node for whi
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -149,25 +149,27 @@ def by_origin_and_name(before: fx.GraphModule, after: fx.GraphModule) -> Alignme
 
     by_name = {node.name: node for node in after.graph.nodes}
     _pair_places(before, after, by_name, pair)
-    # By origin: the same operator of the same place in the user's code.
-    left_of, right_of = _by_origin(before, set(found.pairs)), _by_origin(after, taken)
-    for key, lefts in left_of.items():
-        rights = right_of.get(key, [])
-        if len(lefts) == len(rights) > 0 and {n.name for n in lefts} != {n.name for n in rights}:
-            for left, right in zip(lefts, rights, strict=True):
-                pair(left, right, "origin")
-        else:
+    # By origin: the same operator of the same place in the user's code; then of the same module, as front ends may
+    # name another line of one call (that of the module's forward, or of whoever called it).
+    for place in (_places, _modules):
+        left_of, right_of = _by_origin(before, set(found.pairs), place), _by_origin(after, taken, place)
+        for key, lefts in left_of.items():
+            rights = right_of.get(key, [])
             names = {node.name: node for node in rights}
-            for left in lefts:
-                if left.name in names:
-                    pair(left, names[left.name], "origin")
+            if len(lefts) == len(rights) and {node.name for node in lefts} != names.keys():
+                for left, right in zip(lefts, rights, strict=True):
+                    pair(left, right, "origin")
+            else:
+                for left in lefts:
+                    if left.name in names:
+                        pair(left, names[left.name], "origin")
     # By name: where origins do not contradict it. Attributes go by the path that they read.
     targets = {str(node.target): node for node in after.graph.nodes if node.op == "get_attr"}
     for left in before.graph.nodes:
         found_right = targets.get(str(left.target)) if left.op == "get_attr" else by_name.get(left.name)
-        if found_right is not None and (left.op == "get_attr") == (found_right.op == "get_attr"):
-            if _places(left) and _places(found_right) and not _places(left) & _places(found_right):
-                continue
+        if found_right is None or (left.op == "get_attr") != (found_right.op == "get_attr"):
+            continue
+        if not _modules(left) or not _modules(found_right) or _modules(left) & _modules(found_right):
             pair(left, found_right, "name")
     _group_by_origin(found, before, after)
     return _in_order(found, before, after)
@@ -191,11 +193,18 @@ def _places(node: fx.Node) -> frozenset[ir.Origin]:
     return frozenset(origin for origin in ir.origins(node) if origin.module or origin.line)
 
 
-def _by_origin(module: fx.GraphModule, taken: set[str]) -> dict[Any, list[fx.Node]]:
+def _modules(node: fx.Node) -> frozenset[str]:
+    """The modules that a node comes from; the model itself, which has no path, does not tell its nodes apart."""
+    return frozenset(origin.module for origin in ir.origins(node) if origin.module)
+
+
+def _by_origin(
+    module: fx.GraphModule, taken: set[str], place: Callable[[fx.Node], frozenset[Any]]
+) -> dict[Any, list[fx.Node]]:
     found: dict[Any, list[fx.Node]] = defaultdict(list)
     for node in module.graph.nodes:
-        if node.op not in ("placeholder", "get_attr", "output") and node.name not in taken and _places(node):
-            found[node.op, str(node.target), _places(node)].append(node)
+        if node.op not in ("placeholder", "get_attr", "output") and node.name not in taken and place(node):
+            found[node.op, str(node.target), place(node)].append(node)
     return found
 
 

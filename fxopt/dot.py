@@ -18,6 +18,9 @@ import graphviz
 from fxopt.graphdiff import STATUSES, DiffNode, GraphDiff, Status
 
 _LONGEST = 60
+#: Rows that all edges together may cross; a model of many long edges (DenseNet) is neither laid out nor read otherwise.
+MOST_ROWS_CROSSED = 6_000
+
 _EPILOGUE_OPERANDS = ("residual",)
 
 
@@ -136,22 +139,31 @@ def to_dot(diff: GraphDiff, *, legend: bool = True) -> str:
     """
     drawn = graphviz.Digraph("diff")
     drawn.attr(rankdir="TB", newrank="true", nodesep="0.18", ranksep="0.22", fontname="Helvetica", fontsize="20")
+    drawn.attr(nslimit="10")  # long edges in a large graph make the last bit of beauty cost minutes
     drawn.attr(label=_text(heading(diff) if legend else ""), labelloc="t", tooltip=_text(" "))
     drawn.attr("node", shape="box", fontname="Helvetica", fontsize="11", margin="0.09,0.05", height="0.3")
     drawn.attr("edge", color="#555b66", arrowsize="0.55", penwidth="0.9")
-    names = [{node.name: f"{side}-{place}" for place, node in enumerate(nodes)} for side, nodes in sides(diff)]
+    names = [
+        {node.name: f"{side}-{place}" for place, node in enumerate(nodes) if not node.size}
+        for side, nodes in sides(diff)
+    ]
+    far = _far_edges(diff, names)
     for number, (side, nodes) in enumerate(sides(diff)):
         work = diff.compute_nodes()[number]
         group = {node.name: node.group for node in nodes}
         with drawn.subgraph(name=f"cluster_{side}") as cluster:
             cluster.attr(label=_text(f"{side.upper()}: {work} operations"), labeljust="l", style="rounded")
             cluster.attr(color="#c3c8d0", fontsize="18", margin="14")
-            for node in nodes:
-                _draw_node(cluster, names[number][node.name], node)
-            for node in nodes:
+            shown = [node for node in nodes if not node.size]
+            for node in shown:
+                left_out = sum((number, operand, node.name) in far for operand in _operands(node))
+                _draw_node(cluster, names[number][node.name], node, left_out)
+            for node in shown:
                 for argument, operand in node.inputs:
-                    ends = names[number][operand], names[number][node.name]
-                    cluster.edge(*ends, tooltip=_text(f"{operand} is {argument}"), **_edge_look(group, operand, node))
+                    if operand in names[number] and (number, operand, node.name) not in far:
+                        ends = names[number][operand], names[number][node.name]
+                        tooltip = _text(f"{operand} is {argument}")
+                        cluster.edge(*ends, tooltip=tooltip, **_edge_look(group, operand, node))
     _draw_between(drawn, diff, names)
     if legend:
         _draw_legend(drawn, diff)
@@ -168,13 +180,45 @@ def sides(diff: GraphDiff) -> tuple[tuple[str, tuple[DiffNode, ...]], ...]:
     return (("before", diff.before), ("after", diff.after))
 
 
-def _draw_node(cluster: Any, key: str, node: DiffNode) -> None:
+def _operands(node: DiffNode) -> list[str]:
+    return list(dict.fromkeys(operand for _, operand in node.inputs))
+
+
+def _far_edges(diff: GraphDiff, names: list[dict[str, str]]) -> set[tuple[int, str, str]]:
+    """The longest edges as (side, operand, reader), so many that the rest crosses few enough rows to be laid out.
+
+    The nearest operand of a node is always drawn.
+    """
+    beside = {right: left for left, right, _ in together(diff)}
+    rows: list[dict[str, int]] = [{}, {}]
+    edges: list[tuple[int, tuple[int, str, str]]] = []
+    length = 0
+    for number, (_, nodes) in enumerate(sides(diff)):
+        for node in nodes:
+            operands = [operand for operand in _operands(node) if operand in names[number]]
+            row = max((rows[number][operand] + 1 for operand in operands), default=0)
+            row = max(row, rows[0].get(beside.get(node.name, ""), 0)) if number else row
+            rows[number][node.name] = row
+            spans = sorted((row - rows[number][operand], (number, operand, node.name)) for operand in operands)
+            length += sum(span for span, _ in spans)
+            edges += spans[1:]
+    far = set()
+    for span, edge in sorted(edges, reverse=True):
+        if length <= MOST_ROWS_CROSSED:
+            break
+        far.add(edge)
+        length -= span
+    return far
+
+
+def _draw_node(cluster: Any, key: str, node: DiffNode, left_out: int) -> None:
     look = LOOKS[node.status]
+    more = [f"and {left_out} inputs from further up"] if left_out else []
     cluster.node(
         key,
         id=key,
         **{"class": f"node {node.status}"},
-        label=_text(*label_lines(node)),
+        label=_text(*label_lines(node), *more),
         tooltip=_text(*detail_lines(node)),
         style=f"filled,rounded,{look.border}",
         fillcolor=look.fill,
@@ -203,7 +247,7 @@ def _draw_between(drawn: Any, diff: GraphDiff, names: list[dict[str, str]]) -> N
     for node in diff.before:
         # What was dropped (a dropout, say) points to what is read in its place.
         if node.group is not None and not diff.groups[node.group].after:
-            for partner in node.partners[:1]:
+            for partner in [name for name in node.partners if node.name in names[0] and name in names[1]][:1]:
                 drawn.edge(
                     names[0][node.name],
                     names[1][partner],
@@ -216,9 +260,11 @@ def _draw_between(drawn: Any, diff: GraphDiff, names: list[dict[str, str]]) -> N
 
 def together(diff: GraphDiff) -> list[tuple[str, str, str]]:
     """Pairs (before, after, change) that stand at one height; `change` is what made one the other, or empty."""
+    sizes = [{node.name for node in side if node.size} for side in (diff.before, diff.after)]
     found = [(node.name, node.partners[0], "") for node in diff.before if node.status in ("kept", "changed")]
     replaced = [group for group in diff.groups if group.before and group.after]
-    return found + [(group.before[-1], group.after[-1], steps_text(group.by) or "replaced") for group in replaced]
+    found += [(group.before[-1], group.after[-1], steps_text(group.by) or "replaced") for group in replaced]
+    return [pair for pair in found if pair[0] not in sizes[0] and pair[1] not in sizes[1]]
 
 
 def steps_text(steps: Iterable[tuple[str, str]]) -> str:

@@ -19,7 +19,7 @@ from torch import fx
 from fxopt import ir
 from fxopt.align import Alignment, Step, by_origin_and_name, by_record
 from fxopt.errors import UsageError
-from fxopt.nodediff import argument_texts, changes, lines, operator_name
+from fxopt.nodediff import argument_texts, changes, is_size, lines, operator_name
 
 if TYPE_CHECKING:
     from fxopt.rewrite import Decline
@@ -47,7 +47,8 @@ class DiffNode:
 
     `arguments` are its literals as (name, text) where they are not the default, `inputs` the nodes that it reads as
     (argument, node), `by` the steps that removed, added or changed it as (pass, rule), `declined` what was not done to
-    it, as (pass, rule, reason), `group` the change that it is part of.
+    it, as (pass, rule, reason), `group` the change that it is part of. `compute` says that it is work at run time,
+    `size` that it is arithmetic on sizes, which pictures leave out.
     """
 
     name: str
@@ -67,6 +68,7 @@ class DiffNode:
     changes: tuple[str, ...]
     declined: tuple[tuple[str, str, str], ...]
     compute: bool
+    size: bool
 
 
 @dataclass(frozen=True)
@@ -299,6 +301,7 @@ def assemble(
             changes=difference or (),
             declined=tuple(declined.get(node.name, ())) if status != "removed" else (),
             compute=ir.is_compute(node),
+            size=is_size(node),
         )
 
     def side(module: fx.GraphModule, number: int) -> tuple[DiffNode, ...]:

@@ -29,6 +29,14 @@ def operator_name(node: fx.Node) -> str:
     return ir.target_name(node)
 
 
+def is_size(node: fx.Node) -> bool:
+    """Whether a node is a size or arithmetic on sizes."""
+    if node.op != "call_function" or ir.is_compute(node):
+        return False
+    number = isinstance(ir.value(node), (int, float, torch.SymInt, torch.SymFloat, torch.SymBool))
+    return number or node.target is torch.ops.aten.sym_size.int
+
+
 def lines(node: fx.Node) -> tuple[str, ...]:
     """The user's source lines that a node comes from, once each, the earliest first."""
     return tuple(dict.fromkeys(origin.line for origin in reversed(ir.origins(node)) if origin.line))
