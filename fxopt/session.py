@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from fxopt import agreement, ir, normalize, plugins
+from fxopt import agreement, effects, ir, normalize, plugins
 from fxopt.capture import Captured, Inputs, capture_export, capture_symbolic, private_copy
 from fxopt.capture.program import register_dataclasses
 from fxopt.compare import Verdict, compare
@@ -367,7 +367,7 @@ class Session:
         for program in self.programs:
             written = program.captured.written_attributes()
             for module in (program.captured.module, program.module, self.after):
-                for name, tensor in ir.tensors(module).items():
+                for name, tensor in (*ir.tensors(module).items(), *_of_leaves(module)):
                     if name not in written and not tensor.is_inference():
                         found.setdefault(name, tensor)
         # Training moves running statistics without raising their version: only the count of batches tells.
@@ -420,6 +420,14 @@ class Session:
 
 
 _HINT = "this is a bug in fxopt or in a plugin; disable=(...) finds the pass, and a report is welcome"
+
+
+def _of_leaves(module: fx.GraphModule) -> Iterator[tuple[str, torch.Tensor]]:
+    """The parameters of torch's own modules that stay whole; what else an opaque module holds it may write itself."""
+    for node in module.graph.nodes:
+        if node.op == "call_module" and not effects.of(node).opaque:
+            for name, tensor in ir.get_attribute(module, node.target).named_parameters():
+                yield f"{node.target}.{name}", tensor
 
 
 def _seeded(run: Callable[..., Any], inputs: Inputs) -> list[Any]:

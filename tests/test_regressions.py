@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fxopt
-from graphs import FRONT_ENDS, TwoInputs
+from graphs import FRONT_ENDS, Network, TwoInputs
 
 pytestmark = pytest.mark.filterwarnings("ignore::fxopt.FxoptNotice")
 
@@ -50,3 +50,26 @@ def test_a_write_to_one_input_is_a_write_to_another_that_shares_its_memory(front
     whole = torch.randn(3, 3, 4, 4)
     for result, expected in zip(fast(*views(whole.clone())), model(*views(whole.clone())), strict=True):
         torch.testing.assert_close(result, expected)
+
+
+@front_ends
+def test_a_norm_that_counts_while_it_runs_counts_each_call_once(front_end: str) -> None:
+    def body(m: Any, x: torch.Tensor) -> torch.Tensor:
+        by_batch = nn.functional.batch_norm(x, m.mean, m.variance, training=True)
+        return nn.functional.batch_norm(by_batch, m.mean, m.variance)
+
+    model = Network(body, mean=torch.zeros(3), variance=torch.ones(3)).eval()
+    fast = compiled(front_end, model, torch.randn(2, 3, 4, 4))
+    for _ in range(3):
+        x = torch.randn(2, 3, 4, 4)
+        torch.testing.assert_close(fast(x), model(x))
+
+
+def test_a_write_to_the_weights_of_a_module_that_stays_whole_is_noticed() -> None:
+    model = Network(lambda m, x: m.head(m.memory(x)[0]), memory=nn.LSTM(3, 3), head=nn.Linear(3, 3)).eval()
+    fast, x = fxopt.compile(model), torch.randn(4, 2, 3)
+    fast(x)
+    with torch.no_grad():
+        model.memory.weight_ih_l0.mul_(3)
+    with pytest.raises(fxopt.StaleWeightsError, match=r"memory\.weight_ih_l0"):
+        fast(x)
