@@ -17,11 +17,20 @@ from typing import Any, cast
 import torch
 from torch import fx
 from torch._ops import HigherOrderOperator, OpOverload
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
 
 aten = torch.ops.aten
+
+#: What a FakeTensor says where the shape depends on values, or the operator has no implementation for it.
+_NOT_INFERRED = (
+    fake_tensor.DynamicOutputShapeException,
+    fake_tensor.DataDependentOutputException,
+    fake_tensor.UnsupportedOperatorException,
+    fake_tensor.UnsupportedFakeTensorException,
+)
 
 #: Functions on shapes and sizes that are part of the IR beside ATen operators.
 SCALAR_FUNCTIONS = frozenset(
@@ -191,8 +200,8 @@ def identity(value: torch.Tensor) -> tuple[object, ...]:
     if value.layout is not torch.strided:
         return (id(value),)
     storage = value.untyped_storage()
-    # Storages without memory (empty, meta) have no address to compare.
-    place: object = storage.data_ptr() or ("object", id(value))
+    # Storages without memory (empty, meta) have no address to compare, but are objects of their own.
+    place: object = storage.data_ptr() or ("storage", storage._cdata)
     return (place, value.device, value.storage_offset(), tuple(value.shape), value.stride(), value.dtype)
 
 
@@ -334,7 +343,8 @@ def _inference(mode: FakeTensorMode) -> Iterator[None]:
 
 
 def infer(node: fx.Node) -> Any:
-    """Infers what a node gives from its inputs' values; None where one of them is unknown or the node is opaque.
+    """Infers what a node gives from its inputs' values; None where one of them is unknown or the node is opaque, or
+    where only the values decide its shape (`nonzero`, a boolean mask).
 
     Raises whatever the operator raises on inputs that do not fit.
     """
@@ -361,8 +371,11 @@ def infer(node: fx.Node) -> Any:
     args, kwargs = fx.map_arg((node.args, node.kwargs), known)
     if missing:
         return None
-    with _inference(mode):
-        return cast(Any, node.target)(*args, **kwargs)
+    try:
+        with _inference(mode):
+            return cast(Any, node.target)(*args, **kwargs)
+    except _NOT_INFERRED:
+        return None
 
 
 def update_value(node: fx.Node) -> None:
