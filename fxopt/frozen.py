@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 from torch._ops import OpOverload
+from torch.fx.experimental.symbolic_shapes import optimization_hint
 
 from fxopt import ir, plugins
 from fxopt.capture import Captured
@@ -36,7 +37,9 @@ def freeze_graph(module: fx.GraphModule) -> dict[str, Any]:
         if isinstance(target, OpOverload):
             target = ("operator", target.namespace, target._opname, target._overloadname)
         args, kwargs = _map((node.args, node.kwargs), fx.Node, lambda operand: _Reference(operand.name))
-        meta = {key: node.meta[key] for key in ("origin", "rank") if key in node.meta}
+        meta = {key: node.meta[key] for key in ("origin", "rank", "like") if key in node.meta}
+        if node.op == "placeholder" and (value := ir.fake(node)) is not None and value.layout is torch.strided:
+            meta["like"] = _like(value)
         nodes.append((node.op, target, args, kwargs, node.name, meta))
     held = {
         str(node.target): ir.get_attribute(module, str(node.target))
@@ -44,6 +47,12 @@ def freeze_graph(module: fx.GraphModule) -> dict[str, Any]:
         if node.op in ("get_attr", "call_module")
     }
     return {"nodes": nodes, "held": held, "interface": ir.interface(module)}
+
+
+def _like(value: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]:
+    """An input's sizes, strides, dtype and device, open sizes as captured: enough to draw one pass again."""
+    sizes, strides = (tuple(map(optimization_hint, numbers)) for numbers in (value.shape, value.stride()))
+    return sizes, strides, value.dtype, value.device
 
 
 def thaw_graph(frozen: dict[str, Any]) -> fx.GraphModule:

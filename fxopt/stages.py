@@ -40,8 +40,7 @@ def whole(session: Session) -> Stage:
     if not session.programs:
         stage.notes.append(f"there is no graph yet: {report.verification}")
     if report.front_end == "symbolic":
-        sized = _with_sizes(session)
-        stage.before = session.before if sized is None else sized
+        stage.before = _with_sizes(session) or session.before
     if report.pending:
         stage.notes.append(f"{len(report.pending)} rewrites wait for the first call's shapes")
     return stage
@@ -90,7 +89,8 @@ def _run(current: Pass, before: fx.GraphModule, module: fx.GraphModule, reported
 
 def _start(session: Session) -> fx.GraphModule:
     """What the first pass was given; where shapes became known only later, with these, as if known from the start."""
-    module = _with_sizes(session) if session.report.front_end == "symbolic" else None
+    known = all(ir.value(node) is not None for node in session.before.graph.find_nodes(op="placeholder"))
+    module = None if known else _with_sizes(session)
     if module is None:
         return ir.copy(session.before)[0]
     normalize.normalize(module)
@@ -107,22 +107,20 @@ def _with_sizes(session: Session) -> fx.GraphModule | None:
     return module
 
 
-def _examples(module: fx.GraphModule, *, as_captured: bool = False) -> list[torch.Tensor] | None:
-    """Tensors like the inputs that the graph's values were inferred for; None where these are not known.
+def _examples(module: fx.GraphModule) -> list[torch.Tensor] | None:
+    """Tensors like the inputs that the graph's values were inferred for, open sizes as captured; None where unknown.
 
-    An open size is not known, or (`as_captured`) the one that it was captured with.
+    A module that was loaded has no values any more, but `meta["like"]` (see `fxopt.frozen`).
     """
     found: list[torch.Tensor] = []
     for node in module.graph.find_nodes(op="placeholder"):
-        value = ir.fake(node)
-        if value is None or value.layout is not torch.strided:
+        value, like = ir.fake(node), node.meta.get("like")
+        if value is not None and value.layout is torch.strided:
+            sizes, strides = (tuple(map(optimization_hint, part)) for part in (value.shape, value.stride()))
+            like = (sizes, strides, value.dtype, value.device)
+        if like is None:
             return None
-        sizes, strides = tuple(value.shape), tuple(value.stride())
-        if any(ir.static(size) is None for size in (*sizes, *strides)):
-            if not as_captured:
-                return None
-            sizes, strides = (tuple(map(optimization_hint, numbers)) for numbers in (sizes, strides))
-        found.append(torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device))
+        found.append(torch.empty_strided(like[0], like[1], dtype=like[2], device=like[3]))
     return found
 
 
@@ -130,11 +128,11 @@ def _start_lowering(session: Session, name: str) -> fx.GraphModule:
     """The rewritten graph, lowered by the backend's passes in front of one, for the sizes that it was captured with."""
     backend: Backend = plugins.backend(session.report.backend)
     module, _ = ir.copy(session.after)
-    examples = _examples(module, as_captured=True)
+    examples = _examples(module)
     if examples is None:
         raise UsageError(
             f"the sizes that {name!r} lowered the graph for are not known any more",
-            hint="a compiled module that was loaded does not keep them: compile it again",
+            hint="call the compiled module once, or compile it again",
         )
     set_concrete_values(module, examples)
     normalize.normalize(module)

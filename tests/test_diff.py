@@ -207,6 +207,18 @@ def test_one_pass_of_a_traced_model_is_shown_with_the_shapes_of_its_call() -> No
     assert said(diff) == ["- conv2d", "- add", "- relu", "+ fxopt.convolution"]
 
 
+@pytest.mark.parametrize("shapes", ["known when compiled", "known by a call"])
+@pytest.mark.parametrize("name", [None, "fold-batchnorm", "fuse-conv-activation", "onednn-convolution"], ids=str)
+def test_a_copy_is_drawn_like_the_original(name: str | None, shapes: str) -> None:
+    model, x = nn.Sequential(Residual(), nn.Flatten()).eval(), torch.randn(2, 4, 6, 6)
+    fast = fxopt.compile(model, (x,) if shapes == "known when compiled" else None, backend="onednn")
+    fast(x)
+    diff = copy.deepcopy(fast).diff(name)
+    sound(diff)
+    assert said(diff) == said(fast.diff(name))
+    assert not any("run again" in note for note in diff.notes)
+
+
 def test_a_pass_that_failed_changed_nothing_and_is_named() -> None:
     def broken(rewriter: fxopt.Rewriter) -> None:
         raise ValueError("no good")
@@ -410,6 +422,14 @@ def test_where_both_have_origins_these_tell_and_not_the_names() -> None:
     assert said(diff) == ["- conv2d", "- batch_norm", "- relu", "+ fxopt.convolution", "= add"]
     assert diff.groups[0].before == ("conv2d", "batch_norm", "relu")
     assert diff.alignment["origin"] == 1
+
+
+def test_both_front_ends_give_graphs_that_align_by_module() -> None:
+    model = Small().eval()
+    diff = fxopt.diff(fxopt.trace(model), fxopt.trace(model, (torch.randn(2, 2, 4, 4),)))
+    sound(diff)
+    assert (diff.counts()["removed"], diff.counts()["added"]) == (0, 0)
+    assert {node.evidence for node in diff.before if node.compute and node.modules} == {"origin"}
 
 
 def with_origins(module: fx.GraphModule, **modules: str) -> fx.GraphModule:

@@ -143,6 +143,33 @@ def test_looks(status: str) -> None:
     assert f"{look.sign} {status}" in dot.to_dot(chain()), "the legend has it"
 
 
+def test_of_many_long_edges_the_longest_are_counted_and_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = fx.Graph()
+    values = [graph.placeholder("x")]
+    for _ in range(6):
+        values.append(graph.call_function(torch.add, (values[-1], values[0])))
+    graph.output(values[-1])
+    diff = fxopt.diff(graph, fx.Graph())
+    assert "further up" not in dot.to_dot(diff)
+    drawn = dot.to_dot(diff).count("->")
+    monkeypatch.setattr(dot, "MOST_ROWS_CROSSED", 16)
+    source = dot.to_dot(diff)
+    assert source.count("and 1 inputs from further up") == drawn - source.count("->") == 2
+
+
+def test_sizes_are_in_the_table_and_not_in_the_picture() -> None:
+    class Flat(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.relu(x.reshape(x.shape[0] * 2, -1))
+
+    diff = fxopt.compile(Flat().eval(), (torch.randn(4, 6),)).diff()
+    sizes = [node for node in diff.before if node.size]
+    assert sizes
+    assert not any(f'"before-{diff.before.index(node)}"' in dot.to_dot(diff) for node in sizes)
+    entries = {node.name for row in render.rows(diff) for _, node in row.before}
+    assert {node.name for node in sizes} <= entries
+
+
 def test_tooltips_tell_line_pass_rule_and_refusals() -> None:
     source = dot.to_dot(chain())
     assert "by fold-batchnorm (norm-after-layer)" in source
