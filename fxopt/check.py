@@ -162,9 +162,11 @@ CHECKS: tuple[Check, ...] = (
 
 
 def problems(module: fx.GraphModule, checks: tuple[Check, ...] = CHECKS) -> list[tuple[str, str, Any]]:
-    """Every breach as (check, sentence, node)."""
+    """Every breach of the first check that finds one, as (check, sentence, node): a check may rely on those before it."""
     found: list[tuple[str, str, Any]] = []
     for check in checks:
+        if found:
+            break
         for node, sentence in check.problems(module):
             found.append((check.name, f"{node.name} {sentence}" if node is not None else sentence, node))
     return found

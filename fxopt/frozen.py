@@ -110,6 +110,7 @@ def freeze(session: Session) -> dict[str, Any]:
                 "report": program.report,
                 "passes": tuple(map(_named, program.passes)),
                 "proven": program.proven,
+                "refused": program.refused,
             }
             for program in session.programs
         ],
@@ -147,6 +148,7 @@ def thaw(state: dict[str, Any]) -> Session:
                 frozen["report"],
                 _passes(frozen["passes"]),
                 set(frozen["proven"]),
+                set(frozen["refused"]),
             )
         )
     session.before, session.after = thaw_graph(state["before"]), thaw_graph(state["after"])

@@ -38,7 +38,7 @@ class Program:
 
     `captured.module` is never changed after capture; `module` is the rewritten graph, valid for every input that
     `guards` admit, and `passes` are those that it owes itself to. A symbolic capture has no values yet: it is rewritten
-    again, for concrete shapes, per signature.
+    again, for concrete shapes, per signature. `refused` names the backends that once gave another answer for it.
     """
 
     captured: Captured
@@ -47,6 +47,7 @@ class Program:
     report: Report
     passes: tuple[Pass, ...]
     proven: set[Any] = field(default_factory=set)
+    refused: set[str] = field(default_factory=set)
 
     @property
     def symbolic(self) -> bool:

@@ -128,6 +128,8 @@ class Session:
             self.after, _ = ir.copy(module)
             self.report = report
         backend, notices = choose_backend(self.options.backend, self.options.numerics, module, setting)
+        if backend.name in program.refused:
+            backend = plugins.backend("aten")
         start = time.perf_counter()
         plain, _ = ir.copy(module)
         try:
@@ -278,6 +280,7 @@ class Session:
             else:
                 notice = f"backend {made.backend} gave another answer, aten runs instead: {verdict.reason}"
                 self._report_of(program).notices.append(notice)
+                program.refused.add(made.backend)
                 made, verdict = portable, mended
         report = self._report_of(program)
         report.backend, report.verdict = made.backend, verdict
