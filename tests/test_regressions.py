@@ -13,6 +13,10 @@ from graphs import FRONT_ENDS, Network, TwoInputs
 
 pytestmark = pytest.mark.filterwarnings("ignore::fxopt.FxoptNotice")
 
+_LIBRARY = torch.library.Library("fxopt_tests", "DEF")
+_LIBRARY.define("no_fake(Tensor x) -> Tensor")
+_LIBRARY.impl("no_fake", lambda x: x * 2, "CPU")
+
 front_ends = pytest.mark.parametrize("front_end", FRONT_ENDS)
 
 
@@ -73,3 +77,29 @@ def test_a_write_to_the_weights_of_a_module_that_stays_whole_is_noticed() -> Non
         model.memory.weight_ih_l0.mul_(3)
     with pytest.raises(fxopt.StaleWeightsError, match=r"memory\.weight_ih_l0"):
         fast(x)
+
+
+@front_ends
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(lambda m, x: m.conv(x)[m.conv(x) > 0].relu(), id="a boolean mask"),
+        pytest.param(lambda m, x: torch.nonzero(m.conv(x) > 0), id="nonzero"),
+        pytest.param(lambda m, x: torch.masked_select(m.conv(x), x > 0).sum(), id="masked_select, then a sum"),
+        pytest.param(lambda m, x: torch.unique(m.conv(x).round()), id="unique"),
+        pytest.param(lambda m, x: torch.where(m.conv(x) > 0)[0], id="where with one argument"),
+    ],
+)
+def test_shapes_that_depend_on_values_stay_unknown(front_end: str, body: Any) -> None:
+    model = Network(body, conv=nn.Conv2d(3, 3, 1)).eval()
+    x = torch.randn(2, 3, 4, 4)
+    fast = compiled(front_end, model, x)
+    for batch in (2, 3, 1, 2):
+        x = torch.randn(batch, 3, 4, 4)
+        torch.testing.assert_close(fast(x), model(x))
+
+
+def test_an_operator_without_a_fake_kernel_is_traced_and_its_shape_stays_unknown() -> None:
+    model = Network(lambda m, x: torch.ops.fxopt_tests.no_fake(m.conv(x)).relu(), conv=nn.Conv2d(3, 3, 1)).eval()
+    fast, x = fxopt.compile(model), torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(fast(x), model(x))
