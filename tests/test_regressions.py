@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 import fxopt
 from graphs import FRONT_ENDS, Network, TwoInputs
@@ -103,3 +103,24 @@ def test_an_operator_without_a_fake_kernel_is_traced_and_its_shape_stays_unknown
     model = Network(lambda m, x: torch.ops.fxopt_tests.no_fake(m.conv(x)).relu(), conv=nn.Conv2d(3, 3, 1)).eval()
     fast, x = fxopt.compile(model), torch.randn(2, 3, 4, 4)
     torch.testing.assert_close(fast(x), model(x))
+
+
+def traced(model: nn.Module, *inputs: torch.Tensor) -> Any:
+    """What the graph of `fxopt.trace`, taken without inputs, gives on them."""
+    module = fxopt.trace(model)
+    results = fx.Interpreter(module).run(*inputs)
+    return fxopt.ir.interface(module).out_spec.unflatten(list(results))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        pytest.param(nn.BatchNorm2d(3), id="a batch norm"),
+        pytest.param(nn.InstanceNorm2d(3), id="an instance norm"),
+        pytest.param(nn.ConvTranspose2d(3, 3, 2), id="a transposed convolution"),
+    ],
+)
+def test_a_forward_given_to_one_object_is_the_one_that_is_traced(layer: nn.Module) -> None:
+    layer.forward = lambda x: x * 3  # type: ignore[method-assign, assignment]
+    model, x = nn.Sequential(nn.Conv2d(3, 3, 1), layer).eval(), torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(traced(model, x), model(x))

@@ -280,6 +280,8 @@ def _conv_transpose(tracer: _Tracer, m: Any, input: Any, output_size: Any = None
 def _expansion(m: torch.nn.Module) -> Callable[..., Any] | None:
     """How a module is written out without running its forward: only for exactly torch's own forward."""
     nn = torch.nn
+    if "forward" in m.__dict__:  # somebody gave this one object a forward of its own
+        return None
     forward = type(m).forward
     if isinstance(m, nn.modules.batchnorm._BatchNorm) and not m.training:
         plain = forward in (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward)
