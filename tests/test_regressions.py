@@ -124,3 +124,17 @@ def test_a_forward_given_to_one_object_is_the_one_that_is_traced(layer: nn.Modul
     layer.forward = lambda x: x * 3  # type: ignore[method-assign, assignment]
     model, x = nn.Sequential(nn.Conv2d(3, 3, 1), layer).eval(), torch.randn(2, 3, 4, 4)
     torch.testing.assert_close(traced(model, x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs"),
+    [
+        pytest.param(nn.LSTM(4, 4), 1, id="an LSTM"),
+        pytest.param(nn.MultiheadAttention(4, 2), 3, id="an attention"),
+        pytest.param(nn.TransformerEncoderLayer(4, 2, 8), 1, id="a transformer layer"),
+    ],
+)
+def test_a_model_that_is_itself_a_module_that_stays_whole(model: nn.Module, inputs: int) -> None:
+    x = torch.randn(5, 2, 4)
+    fast = fxopt.compile(model.eval())
+    torch.testing.assert_close(fast(*[x] * inputs), model(*[x] * inputs))

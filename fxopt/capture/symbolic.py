@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxopt import check, effects, ir, normalize, spelling
-from fxopt.capture.program import Captured, FlatModel, Inputs, strip_root, user_line, user_line_of_error
+from fxopt.capture.program import ROOT, Captured, FlatModel, Inputs, strip_root, user_line, user_line_of_error
 from fxopt.errors import CaptureError
 
 aten = torch.ops.aten
@@ -407,7 +407,7 @@ def _attach(module: fx.GraphModule, root: torch.nn.Module, tracer: fx.Tracer) ->
             continue
         held = ir.get_attribute(root, node.target)
         name = strip_root(node.target)
-        path = ir.attribute_path(module, name)
+        path = ir.attribute_path(module, name or ROOT)  # the model itself may be a module that stays whole
         if isinstance(held, torch.Tensor) and not isinstance(held, torch.nn.Parameter):
             held = held.detach()
         elif isinstance(held, torch.nn.Parameter):
