@@ -162,7 +162,7 @@ CHECKS: tuple[Check, ...] = (
 
 
 def problems(module: fx.GraphModule, checks: tuple[Check, ...] = CHECKS) -> list[tuple[str, str, Any]]:
-    """Every breach of the first check that finds one, as (check, sentence, node): a check may rely on those before it."""
+    """Every breach, as (check, sentence, node), of the first check that finds one: those behind it may rely on it."""
     found: list[tuple[str, str, Any]] = []
     for check in checks:
         if found:

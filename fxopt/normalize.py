@@ -42,12 +42,27 @@ def normalize(module: fx.GraphModule) -> None:
             editor.erase(node)
 
 
+#: Second names of an operator, of the same schema, and the name that it has in the normal form.
+_SECOND_NAMES = {
+    aten.view.default: aten.reshape.default,
+    aten._unsafe_view.default: aten.reshape.default,
+    aten.lift_fresh_copy.default: aten.clone.default,
+    aten.lift_fresh.default: aten.clone.default,
+    aten.concat.default: aten.cat.default,
+    aten.concatenate.default: aten.cat.default,
+    aten.true_divide.Tensor: aten.div.Tensor,
+    aten.divide.Tensor: aten.div.Tensor,
+    aten.multiply.Tensor: aten.mul.Tensor,
+    aten.subtract.Tensor: aten.sub.Tensor,
+    aten.negative.default: aten.neg.default,
+    aten.absolute.default: aten.abs.default,
+    aten.clip.default: aten.clamp.default,
+}
+
+
 def _respell(node: fx.Node) -> None:
-    """Operators that have a second name in the normal form."""
-    if node.target in (aten.view.default, aten._unsafe_view.default):
-        node.target = aten.reshape.default
-    elif node.target in (aten.lift_fresh_copy.default, aten.lift_fresh.default):
-        node.target = aten.clone.default
+    if isinstance(node.target, OpOverload):
+        node.target = _SECOND_NAMES.get(node.target, node.target)
 
 
 def _unify_tensors(editor: Editor) -> None:

@@ -49,7 +49,10 @@ _BINARY = {
 }
 _UNARY = {operator.neg: "neg", operator.invert: "bitwise_not", operator.abs: "abs"}
 #: For these PyTorch wraps a number as a tensor instead of taking a `Scalar` overload.
-_NUMBER_AS_TENSOR = frozenset({"add", "sub", "mul", "div", "add_", "sub_", "mul_", "div_", "floor_divide"})
+_NUMBER_AS_TENSOR = frozenset(
+    {"add", "sub", "mul", "div", "add_", "sub_", "mul_", "div_", "floor_divide"}
+    | {"subtract", "multiply", "divide", "true_divide"}
+)
 
 
 def _functional() -> dict[Any, Callable[[dict[str, Any]], Call | None]]:
@@ -359,7 +362,8 @@ def _fits(kind: str, value: Any, is_number: IsNumber, number_as_tensor: bool) ->
             return number_as_tensor or not is_number(value)
         if kind in ("int", "SymInt", "number", "Scalar", "float"):
             return is_number(value)
-        return kind in ("Device", "ScalarType") and value.target is getattr
+        wanted = {"Device": "device", "ScalarType": "dtype"}.get(kind)
+        return wanted is not None and value.target is getattr and value.args[1:] == (wanted,)
     match kind:
         case "Tensor":
             return isinstance(value, torch.Tensor) or (number_as_tensor and isinstance(value, (int, float)))

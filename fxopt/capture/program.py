@@ -177,8 +177,8 @@ def private_copy(model: torch.nn.Module) -> torch.nn.Module:
     """The model's modules copied, in eval mode, sharing the memory of every tensor with the caller's.
 
     The tensors themselves are the copy's own, so that what `model.half()` or `model.to(device)` puts into the caller's
-    is not seen here; a write to the memory shows in the version, which both have in common. They are frozen, as those of
-    the compiled module are: torch computes some operators another way where a weight requires grad.
+    is not seen here; a write to the memory shows in the version, which both have in common. They are frozen, as those
+    of the compiled module are: torch computes some operators another way where a weight requires grad.
 
     Raises UsageError for what is not a module, and CaptureError where it cannot be copied.
     """
@@ -192,7 +192,8 @@ def private_copy(model: torch.nn.Module) -> torch.nn.Module:
         for held in (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()):
             if isinstance(held, torch.Tensor) and torch.nn.parameter.is_lazy(held):
                 raise UsageError(
-                    f"the model is lazy: {type(module).__name__} has no sizes yet", hint="call it once on an example first"
+                    f"the model is lazy: {type(module).__name__} has no sizes yet",
+                    hint="call it once on an example first",
                 )
             if isinstance(held, torch.Tensor):
                 memo[id(held)] = _same_memory(held)
