@@ -351,6 +351,11 @@ def _takes(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], is_num
     return not rest and len(args) <= len(positional)
 
 
+def _is_property(node: fx.Node) -> bool:
+    """Whether a node reads what describes a tensor, not another tensor (as `x.T` does)."""
+    return node.target is getattr and node.args[1:] in (("device",), ("dtype",), ("layout",), ("shape",))
+
+
 def _fits(kind: str, value: Any, is_number: IsNumber, number_as_tensor: bool) -> bool:
     if kind.startswith("Optional["):
         return value is None or _fits(kind[len("Optional[") : -1], value, is_number, number_as_tensor)
@@ -359,7 +364,7 @@ def _fits(kind: str, value: Any, is_number: IsNumber, number_as_tensor: bool) ->
         return isinstance(value, (list, tuple)) and all(_fits(inner, part, is_number, False) for part in value)
     if isinstance(value, fx.Node):
         if kind == "Tensor":
-            return number_as_tensor or not is_number(value)
+            return not _is_property(value) and (number_as_tensor or not is_number(value))
         if kind in ("int", "SymInt", "number", "Scalar", "float"):
             return is_number(value)
         wanted = {"Device": "device", "ScalarType": "dtype"}.get(kind)

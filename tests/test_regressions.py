@@ -138,3 +138,48 @@ def test_a_model_that_is_itself_a_module_that_stays_whole(model: nn.Module, inpu
     x = torch.randn(5, 2, 4)
     fast = fxopt.compile(model.eval())
     torch.testing.assert_close(fast(*[x] * inputs), model(*[x] * inputs))
+
+
+def _sums_up(m: Any, x: torch.Tensor) -> torch.Tensor:
+    total = torch.zeros(4)
+    total += x.sum((0, 1, 2))
+    return total
+
+
+def _narrow_part(m: Any, x: torch.Tensor) -> torch.Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = m.conv(x)
+    return y.float()
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        pytest.param(_sums_up, "writes to a tensor that it makes", id="a sum in a tensor that forward makes"),
+        pytest.param(lambda m, x: (x + 1, torch.zeros(3)), "hands out a tensor that it makes", id="a new tensor"),
+        pytest.param(lambda m, x: (x + 1, torch.zeros(3)[1:]), "hands out a tensor that it makes", id="a view of one"),
+        pytest.param(_narrow_part, "switches autocast", id="autocast for a part of the model"),
+    ],
+)
+def test_what_happens_anew_in_each_call_is_not_traced_but_exported(body: Any, message: str) -> None:
+    model = Network(body, conv=nn.Conv2d(3, 3, 1)).eval()
+    with pytest.raises(fxopt.CaptureError, match=message):
+        fxopt.trace(model)
+    fast = fxopt.compile(model)
+    for batch in (2, 3):
+        x = torch.randn(batch, 3, 4, 4)
+        torch.testing.assert_close(fast(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(lambda m, x, y: x.to(y.device), id="to a device"),
+        pytest.param(lambda m, x, y: x.to(y.dtype), id="to a dtype"),
+        pytest.param(lambda m, x, y: x.to(y.device, y.dtype), id="to both"),
+        pytest.param(lambda m, x, y: x.view(y.shape) + x.reshape(y.shape), id="viewed in the shape of another"),
+    ],
+)
+def test_a_trace_tells_devices_dtypes_and_shapes_of_other_tensors_apart(body: Any) -> None:
+    model, x, y = TwoInputs(body), torch.randn(2, 6), torch.randn(3, 4, dtype=torch.float64)
+    torch.testing.assert_close(traced(model, x, y), model(x, y))

@@ -62,6 +62,10 @@ class _NoHiddenEffects(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def _autocast() -> tuple[Any, ...]:
+    return tuple(torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda"))
+
+
 def _gives_number(node: fx.Node) -> bool:
     if effects._is_number(node):
         return True
@@ -80,6 +84,7 @@ class _Tracer(fx.Tracer):
         self._attribute_names: dict[int, str] = {}
         self._attribute_proxies: dict[str, fx.Proxy] = {}
         self._modules: list[str] = [""]
+        self._autocast = _autocast()
         self._thread = threading.get_ident()
 
     def trace_model(self, root: FlatModel, names: tuple[str, ...]) -> fx.Graph:
@@ -158,6 +163,8 @@ class _Tracer(fx.Tracer):
         """Records a call under its one spelling."""
         if not torch.is_grad_enabled():
             raise fx.proxy.TraceError("the model switches gradients off for a part of itself")
+        if _autocast() != self._autocast:
+            raise fx.proxy.TraceError("the model switches autocast for a part of itself")
         if kind in ("call_function", "call_method"):
             if target is operator.getitem or target == "__getitem__":
                 indexed = self._index(args)
@@ -357,6 +364,7 @@ def capture_symbolic(model: torch.nn.Module, inputs: Inputs | None = None) -> Ca
     assert flat.structure.spec is not None
     module = ir.new_module(graph, ir.Interface(inputs.spec, flat.structure.spec, tuple(tensor_names), inputs.constants))
     _attach(module, tracer.root, tracer)
+    _refuse_shared_constants(module)
     normalize.normalize(module)
     check.check(module, after="symbolic capture", captured=True)
     return Captured(module, "symbolic")
@@ -371,6 +379,30 @@ def _refuse_kept_proxies(model: torch.nn.Module) -> None:
                     f"forward keeps a computed value in {path + '.' if path else ''}{name}",
                     hint="give example inputs, or return the value instead of keeping it",
                 )
+
+
+def _refuse_shared_constants(module: fx.GraphModule) -> None:
+    """A tensor that forward makes without its inputs (`torch.zeros(3)`) is new in each call, but one constant of a
+    trace: nobody may write to it, nor have it in hand to write to it."""
+    aliases = effects.Aliases.scan(module.graph)
+    handed_out = {_viewed(leaf) for leaf in module.graph.output_node().all_input_nodes}
+    for node in module.graph.find_nodes(op="get_attr"):
+        if not node.target.startswith("_tensor_constant"):
+            continue
+        writer = aliases.writer_of(node)
+        if writer is not None or node in handed_out:
+            raise CaptureError(
+                f"forward {'hands out' if writer is None else 'writes to'} a tensor that it makes without its inputs",
+                node=writer,
+                hint="give example inputs: torch.export makes it anew in each call",
+            )
+
+
+def _viewed(node: fx.Node) -> fx.Node:
+    """The value that a chain of views begins with."""
+    while isinstance(node.target, OpOverload) and node.target.is_view:
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _settle_assignments(tracer: _Tracer, path: str, slots: dict[str, Any], before: dict[str, Any]) -> None:
