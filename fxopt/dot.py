@@ -19,7 +19,7 @@ from fxopt.graphdiff import STATUSES, DiffNode, GraphDiff, Status
 
 _LONGEST = 60
 #: Rows that all edges together may cross; a model of many long edges (DenseNet) is neither laid out nor read otherwise.
-MOST_ROWS_CROSSED = 6_000
+MOST_ROWS_CROSSED = 3_000
 
 _EPILOGUE_OPERANDS = ("residual",)
 

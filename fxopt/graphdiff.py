@@ -19,7 +19,7 @@ from torch import fx
 from fxopt import ir
 from fxopt.align import Alignment, Step, by_origin_and_name, by_record
 from fxopt.errors import UsageError
-from fxopt.nodediff import argument_texts, changes, is_size, lines, operator_name
+from fxopt.nodediff import argument_texts, changes, is_size, lines, module_paths, operator_name
 
 if TYPE_CHECKING:
     from fxopt.rewrite import Decline
@@ -289,7 +289,7 @@ def assemble(
             operator=operator_name(node),
             status=status,
             value=ir.describe_value(ir.value(node)) if ir.value(node) is not None else "",
-            modules=tuple(dict.fromkeys(origin.module for origin in reversed(ir.origins(node)) if origin.module)),
+            modules=module_paths(node),
             lines=lines(node),
             arguments=arguments,
             parameters=tuple(Parameter(*entry) for entry in parameters),

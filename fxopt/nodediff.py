@@ -37,6 +37,12 @@ def is_size(node: fx.Node) -> bool:
     return number or node.target is torch.ops.aten.sym_size.int
 
 
+def module_paths(node: fx.Node) -> tuple[str, ...]:
+    """The modules that a node comes from, the earliest first; in a graph of another tracer's, the one that it calls."""
+    found = tuple(dict.fromkeys(origin.module for origin in reversed(ir.origins(node)) if origin.module))
+    return found or ((str(node.target),) if node.op == "call_module" else ())
+
+
 def lines(node: fx.Node) -> tuple[str, ...]:
     """The user's source lines that a node comes from, once each, the earliest first."""
     return tuple(dict.fromkeys(origin.line for origin in reversed(ir.origins(node)) if origin.line))

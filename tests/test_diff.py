@@ -403,6 +403,7 @@ def test_torch_fx_own_fusion_is_drawn_too() -> None:
     model = Small().eval()
     diff = fxopt.diff(fx.symbolic_trace(model), fuse(copy.deepcopy(model)))
     sound(diff)
+    assert next(node for node in diff.before if node.name == "bn").modules == ("bn",)
     assert {node.name: node.status for node in diff.before} == {
         "x": "kept",
         "conv": "changed",
