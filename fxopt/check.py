@@ -126,7 +126,7 @@ def _values(module: fx.GraphModule) -> Iterator[Problem]:
         return
     for node in module.graph.nodes:
         if isinstance(node.target, OpOverload) and node._erased is False and node.meta.get("val") is None:
-            returns = node.target._schema.returns
+            returns = any("Tensor" in str(result.type) for result in node.target._schema.returns)
             known = all(operand.meta.get("val") is not None for operand in node.all_input_nodes)
             if returns and known and ir.infer(node) is not None:
                 yield node, "has no value although shapes are known"

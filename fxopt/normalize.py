@@ -200,8 +200,10 @@ def propagate_sizes(module: fx.GraphModule) -> None:
 
 
 def _write_out(editor: Editor, node: fx.Node, literal: Any) -> None:
-    """Lets every reader of a node have the literal in its place."""
+    """Lets every reader of a node have the literal in its place, but for who calls a method of it."""
     for user in list(node.users):
+        if user.op == "call_method" and user.args[0] is node:
+            continue
         args, kwargs = fx.map_arg((user.args, user.kwargs), lambda n: literal if n is node else n)
         editor.update(user, args, kwargs)
 

@@ -286,6 +286,8 @@ def resolve(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], is_number:
     if not isinstance(packet, OpOverloadPacket):
         return None
     overloads = [getattr(packet, overload) for overload in packet.overloads()]
+    # Some overloads are TorchScript's only: they have no kernel, and the dispatcher does not know them.
+    overloads = [op for op in overloads if torch._C._dispatch_has_kernel(op.name())]
     overloads = [op for op in overloads if not any(a.is_out for a in op._schema.arguments)]
     if name in _NUMBER_AS_TENSOR:
         overloads.sort(key=lambda op: op._overloadname != "Tensor")

@@ -183,3 +183,23 @@ def test_what_happens_anew_in_each_call_is_not_traced_but_exported(body: Any, me
 def test_a_trace_tells_devices_dtypes_and_shapes_of_other_tensors_apart(body: Any) -> None:
     model, x, y = TwoInputs(body), torch.randn(2, 6), torch.randn(3, 4, dtype=torch.float64)
     torch.testing.assert_close(traced(model, x, y), model(x, y))
+
+
+@front_ends
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(lambda m, x: x * x.stride(0), id="one stride"),
+        pytest.param(lambda m, x: x * x.stride()[0], id="strides"),
+        pytest.param(lambda m, x: x * x.element_size(), id="the size of an element"),
+        pytest.param(lambda m, x: x * x.shape.numel(), id="a method of a shape"),
+        pytest.param(lambda m, x: x * x.sum().item(), id="an item"),
+        pytest.param(lambda m, x: torch.tensor([x.shape[0], 2]) + x[:, :2], id="a tensor made of a size"),
+    ],
+)
+def test_numbers_that_a_tensor_is_asked_for(front_end: str, body: Any) -> None:
+    model = Network(body)
+    fast = compiled(front_end, model, torch.randn(2, 4))
+    for batch in (2, 3, 2):
+        x = torch.randn(batch, 4)
+        torch.testing.assert_close(fast(x), model(x))

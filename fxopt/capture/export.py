@@ -121,7 +121,7 @@ def _export(
     module = _unlift(program, flat, inputs)
     normalize.normalize(module)
     check.check(module, after="capture by torch.export", captured=True)
-    bounds = {str(symbol): _bounds(span) for symbol, span in program.range_constraints.items()}
+    bounds = {str(symbol): _bounds(span) for symbol, span in program.range_constraints.items() if span.is_int}
     return Captured(module, "export", tuple(program._guards_code), bounds, notices, grad)
 
 
@@ -131,8 +131,7 @@ def _first_lines(error: Exception) -> str:
 
 
 def _bounds(span: Any) -> tuple[int, int | None]:
-    upper = None if span.is_int and not _finite(span.upper) else int(span.upper)
-    return int(span.lower), upper
+    return int(span.lower) if _finite(span.lower) else 0, int(span.upper) if _finite(span.upper) else None
 
 
 def _finite(bound: Any) -> bool:
