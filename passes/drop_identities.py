@@ -93,8 +93,8 @@ def _keeps_values(node: fx.Node) -> str | None:
         case aten.pad.default:
             return None if _each(given["pad"], 0) else "it pads"
         case aten.max_pool1d.default | aten.max_pool2d.default | aten.max_pool3d.default:
-            # No stride means the kernel's size.
-            one = _each(given["kernel_size"], 1) and _each(given["stride"], 1) and _each(given["padding"], 0)
+            # No stride means the kernel's size; of a kernel of one, torch takes no padding.
+            one = _each(given["kernel_size"], 1) and _each(given["stride"], 1)
             return None if one else "it pools"
         case aten.permute.default:
             rank = ir.rank(node)

@@ -36,6 +36,29 @@ VALUES: list[tuple[str, Callable[[], nn.Module], tuple[int, ...], str, str]] = [
         for name, value in (("weight", INF), ("bias", NAN), ("running_mean", INF), ("running_var", NAN))
     ),
     (
+        "the weight of a conv behind a norm holds nan",
+        holding(1, "weight", NAN, nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3)),
+        image(2),
+        BEFORE,
+        "the weight holds NaN",
+    ),
+    (
+        "the weight of a conv behind a norm and a ReLU holds nan",
+        holding(2, "weight", NAN, nn.BatchNorm2d(4, affine=False), nn.ReLU(), nn.Conv2d(4, 6, 3)),
+        image(2),
+        CROSS,
+        "the weight holds NaN",
+    ),
+    (
+        "a weight that would overflow behind a norm and a ReLU",
+        lambda: nn.Sequential(
+            frozen(nn.BatchNorm2d(4), weight=1e20), nn.ReLU(), filled(nn.Conv2d(4, 6, 3), 1e20)
+        ),
+        image(2),
+        CROSS,
+        "the folded weight or bias would leave the range",
+    ),
+    (
         "a variance that makes the scale infinite",
         holding(1, "running_var", 0.0, nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6, eps=0.0)),
         image(2),
