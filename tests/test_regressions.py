@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 import fxopt
 from graphs import FRONT_ENDS, Network, TwoInputs
@@ -203,3 +204,33 @@ def test_numbers_that_a_tensor_is_asked_for(front_end: str, body: Any) -> None:
     for batch in (2, 3, 2):
         x = torch.randn(batch, 4)
         torch.testing.assert_close(fast(x), model(x))
+
+
+@front_ends
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(lambda m, x: m.conv(x).sort(1)[0], id="the first of a sort's results"),
+        pytest.param(lambda m, x: tuple(m.conv(x).topk(2, 1)), id="all of topk's results"),
+        pytest.param(lambda m, x: m.conv(x).chunk(2, 1), id="chunks, which are views"),
+        pytest.param(lambda m, x: (lambda y: (y.max(1)[0], y))(m.conv(x)), id="a maximum and what it is of"),
+    ],
+)
+def test_results_have_their_own_strides_whatever_the_backend_computes_in(front_end: str, body: Any) -> None:
+    model = Network(body, conv=nn.Conv2d(3, 4, 1)).eval()
+    x = torch.randn(2, 3, 5, 6)
+    fast = compiled(front_end, model, x, backend="onednn", verify=False)
+    for result, expected in zip(pytree.tree_leaves(fast(x)), pytree.tree_leaves(model(x)), strict=True):
+        torch.testing.assert_close(result, expected, check_stride=True)
+    assert fast.report.backend == "onednn"
+
+
+@front_ends
+def test_a_weight_is_packed_once_for_all_batch_sizes(front_end: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 16, 1024)).eval()
+    fast = compiled(front_end, model, torch.randn(2, 3, 6, 6), backend="onednn")
+    fast(torch.randn(2, 3, 6, 6))
+    packed = {key: held[-1] for key, held in fast._session.packed.items()}
+    fast(torch.randn(5, 3, 6, 6))
+    assert len(packed) == 2
+    assert all(fast._session.packed[key][-1] is held for key, held in packed.items())

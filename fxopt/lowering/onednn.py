@@ -274,6 +274,8 @@ def _restore(rewriter: Rewriter, reader: fx.Node, operand: fx.Node, restored: di
     views = [reader]
     viewed = effects.of(operand).aliases
     while viewed and operand.op == "call_function":
+        if ir.fake(viewed[0]) is None and not effects.of(viewed[0]).aliases:
+            break  # one of several results (of a sort), which is computed and no view
         views.append(operand)
         reader, operand = operand, viewed[0]
         viewed = effects.of(operand).aliases
@@ -333,7 +335,7 @@ def _build(module: fx.GraphModule, packed: dict[Any, Any]) -> Runner:
             return None
         key, reorder = _packing(reader, given, weight)
         held = packed.get(key)
-        if held is None or held[0] is not weight:
+        if held is None:
             # The plain weight is kept beside the packed one, so that its identity cannot be taken by another.
             packed[key] = held = (weight, reorder())
         return held[1]
