@@ -31,7 +31,7 @@ class KeptState:
     def __enter__(self) -> KeptState:
         self._fastpath = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
-        inner = dict.fromkeys(module for root in self.modules for module in root.modules())
+        inner = dict.fromkeys(module for root in self.modules for module in root.modules() if not _scripted(module))
         self._attributes = [(module, _plain(module)) for module in inner]
         self._slots = [(slots, dict(slots)) for module in inner for slots in _slots(module)]
         tensors: dict[int, torch.Tensor] = {}
@@ -86,6 +86,11 @@ class KeptState:
                 if not _same(now, held) or (isinstance(now, (list, dict)) and not _same(_contents(now), contents)):
                     found.append(f"{type(module).__name__}.{name}")
         return found
+
+
+def _scripted(module: torch.nn.Module) -> bool:
+    """Whether a module is TorchScript's: its tensors are no Python dictionary's, and nobody can put others there."""
+    return isinstance(module, torch.jit.ScriptModule)
 
 
 def _slots(module: torch.nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -146,6 +151,8 @@ def privatise(captured: Captured, original: torch.nn.Module, earlier: Sequence[C
             ir.delete_attribute(captured.module, path)
             ir.set_attribute(captured.module, path, _moved(held.detach(), copies[place]))
     for module in original.modules() if copies else ():
+        if _scripted(module):
+            continue
         for holder in (*_slots(module), module.__dict__):
             for name, own in holder.items():
                 if isinstance(own, torch.Tensor) and _place(own) in copies:

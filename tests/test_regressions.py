@@ -234,3 +234,13 @@ def test_a_weight_is_packed_once_for_all_batch_sizes(front_end: str) -> None:
     fast(torch.randn(5, 3, 6, 6))
     assert len(packed) == 2
     assert all(fast._session.packed[key][-1] is held for key, held in packed.items())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_a_scripted_module_stays_whole() -> None:
+    part = torch.jit.script(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()).eval())
+    model = Network(lambda m, x: m.part(x) + 1, part=part).eval()
+    fast = fxopt.compile(model)
+    for batch in (2, 3):
+        x = torch.randn(batch, 3, 4, 4)
+        torch.testing.assert_close(fast(x), model(x))

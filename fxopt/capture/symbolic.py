@@ -110,7 +110,9 @@ class _Tracer(fx.Tracer):
         return _Proxy(node, self)
 
     def is_leaf_module(self, m: torch.nn.Module, module_qualified_name: str) -> bool:
-        """torch's recurrent and transformer modules stay whole: their forward is no list of operators."""
+        """torch's recurrent and transformer modules stay whole, and what is scripted: they are no list of operators."""
+        if isinstance(m, torch.jit.ScriptModule):
+            return True
         return isinstance(m, effects.PURE_MODULES) and type(m).__module__.startswith("torch.nn.")
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
@@ -345,7 +347,8 @@ def capture_symbolic(model: torch.nn.Module, inputs: Inputs | None = None) -> Ca
     ]
     flat = FlatModel(model, inputs)
     tracer = _Tracer()
-    held = [(path, slots, dict(slots)) for path, m in model.named_modules() for slots in (m._buffers, m._parameters)]
+    own = [(path, m) for path, m in model.named_modules() if not isinstance(m, torch.jit.ScriptModule)]
+    held = [(path, slots, dict(slots)) for path, m in own for slots in (m._buffers, m._parameters)]
     names = tuple(_placeholder_name(name) for name in tensor_names)
     try:
         with _TRACING, torch.enable_grad(), _NoHiddenEffects():  # type: ignore[no-untyped-call]
