@@ -17,6 +17,7 @@ from fxopt.program import Options
 from fxopt.rewrite import Numerics, Pass
 from fxopt.runtime import CompiledModule
 from fxopt.session import Session
+from fxopt.state import privatise
 
 #: How passes are named: "default", or names ("default" among them) and Pass objects in the order in which they run.
 Passes = str | Iterable[str | Pass]
@@ -156,6 +157,7 @@ def trace(
     else:
         given = _examples(example_inputs)
         captured = capture_export(original, Inputs.flatten(given, kwargs))
+    privatise(captured, original, [])
     captured.module.recompile()
     return captured.module
 
