@@ -20,6 +20,7 @@ LAYERS = (
     "effects",
     "edit",
     "spelling",  # operations as Python programs write them
+    "expand",  # what symbolic tracing left whole, written out
     "normalize",
     "check",
     "capture.program",
