@@ -181,6 +181,8 @@ class Rewriter:
         self._point, self._origin = root, ir.merge_origins(matched)
         try:
             result = build()
+            if not isinstance(result, fx.Node):
+                raise TypeError(f"it gave {result!r}, not the node to read instead")
             difference = self._difference(root, result)
             if isinstance(difference, NoMatch):
                 self.editor.undo(mark)
@@ -363,7 +365,7 @@ def apply(current: Pass, editor: Editor, journal: Journal, *, budget: int | None
 
 
 def _try(rule: Rule, node: fx.Node, rewriter: Rewriter) -> fx.Node | NoMatch:
-    match = rule.pattern.match(node)
+    match = _match(rule, node, rewriter)
     if isinstance(match, NoMatch):
         return NoMatch(match.reason, match.node, fits=False)
     refusal = _driver_guard(match, rewriter)
@@ -376,10 +378,26 @@ def _try(rule: Rule, node: fx.Node, rewriter: Rewriter) -> fx.Node | NoMatch:
     )
 
 
+def _match(rule: Rule, node: fx.Node, rewriter: Rewriter) -> Match | NoMatch:
+    try:
+        return rule.pattern.match(node)
+    except Exception as error:
+        raise RewriteError(
+            f"the pattern raised {type(error).__name__}: {error}",
+            pass_name=rewriter.current.name,
+            rule=rule.name,
+            node=node,
+            hint=f"a call's arguments are those of {ir.target_name(node)}'s schema, in its order or by its names",
+        ) from error
+
+
 def _guard(rule: Rule, match: Match, rewriter: Rewriter) -> NoMatch | None:
     assert rule.guard is not None
     try:
-        return rule.guard(match)
+        found = rule.guard(match)
+        if found is None or isinstance(found, NoMatch):
+            return found
+        raise TypeError(f"it gave {found!r}, neither None nor NoMatch")
     except Exception as error:
         raise RewriteError(
             f"the guard raised {type(error).__name__}: {error}",

@@ -244,3 +244,43 @@ def test_a_scripted_module_stays_whole() -> None:
     for batch in (2, 3):
         x = torch.randn(batch, 3, 4, 4)
         torch.testing.assert_close(fast(x), model(x))
+
+
+RELU = torch.ops.aten.relu.default
+
+
+@front_ends
+@pytest.mark.parametrize(
+    ("rule", "reason"),
+    [
+        pytest.param(
+            fxopt.Rule("r", fxopt.call(RELU, nosuch=fxopt.var("x")), lambda match, rewriter: match.root),
+            "the pattern raised KeyError",
+            id="a pattern names an argument that the operator has not",
+        ),
+        pytest.param(
+            fxopt.Rule("r", fxopt.call(RELU, fxopt.var("x"), fxopt.var("y")), lambda match, rewriter: match.root),
+            "the pattern raised IndexError",
+            id="a pattern has more arguments than the operator",
+        ),
+        pytest.param(
+            fxopt.Rule("r", fxopt.call(RELU, fxopt.var("x")), lambda match, rewriter: None),
+            "it gave None, not the node to read instead",
+            id="a rewrite gives nothing",
+        ),
+        pytest.param(
+            fxopt.Rule("r", fxopt.call(RELU, fxopt.var("x")), lambda m, r: m.root, lambda m: True),
+            "it gave True, neither None nor NoMatch",
+            id="a guard gives a truth value",
+        ),
+    ],
+)
+def test_a_malformed_rule_is_named_and_the_rest_goes_on(front_end: str, rule: fxopt.Rule, reason: str) -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()).eval(), torch.randn(2, 3, 4, 4)
+    passes = [fxopt.Pass("malformed", rules=(rule,)), "default"]
+    fast = compiled(front_end, model, x, passes=passes)
+    torch.testing.assert_close(fast(x), model(x))
+    failed = fast.report.passes[0]
+    assert failed.status == "failed"
+    assert reason in failed.reason
+    assert sum(result.rewrites for result in fast.report.passes) == 1
