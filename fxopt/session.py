@@ -134,10 +134,11 @@ class Session:
         plain, _ = ir.copy(module)
         try:
             made = lower(program, module, backend, self.packed, self.options)
-        except FxoptError as error:
-            if self.options.strict:
+        except Exception as error:
+            if self.options.strict or backend.name == "aten":
                 raise
-            notices.append(f"backend {backend.name} failed, aten runs instead: {error}")
+            said = str(error) if isinstance(error, FxoptError) else f"{type(error).__name__}: {error}"
+            notices.append(f"backend {backend.name} failed, aten runs instead: {said}")
             made = self._portable(program, plain)
         seconds = time.perf_counter() - start
         if main and first:
@@ -268,7 +269,7 @@ class Session:
         expected = self._run_original(inputs)
         if self.restless:
             self._refuse_hidden_state(program, inputs)
-        verdict = self._compare(expected, self._run(made, inputs), inputs)
+        verdict = self._judged(made, expected, inputs)
         if not verdict.ok:
             portable = self._portable(program, plain)
             mended = self._compare(expected, self._run(portable, inputs), inputs)
@@ -286,6 +287,16 @@ class Session:
         report.backend, report.verdict = made.backend, verdict
         report.seconds["verify"] = time.perf_counter() - start
         return made
+
+    def _judged(self, made: Specialisation, expected: Sequence[Any], inputs: Inputs) -> Verdict:
+        """Whether a specialisation gives the original's answer. One that raises does not, but for the portable one."""
+        try:
+            actual = self._run(made, inputs)
+        except Exception as error:
+            if made.backend == "aten":
+                raise
+            return Verdict(False, math.inf, (), f"{type(error).__name__}: {error}")
+        return self._compare(expected, actual, inputs)
 
     def _report_of(self, program: Program) -> Report:
         return self.report if program is self.programs[0] else program.report
@@ -335,7 +346,7 @@ class Session:
         plain, _ = ir.copy(module)
         for name in dict.fromkeys((backend, "aten")):
             made = lower(program, ir.copy(plain)[0], plugins.backend(name), self.packed, self.options)
-            verdict = self._compare(expected, self._run(made, inputs), inputs)
+            verdict = self._judged(made, expected, inputs)
             if verdict.ok:
                 return made, verdict
         raise VerificationError(f"the compiled model gives another answer: {verdict.reason}", hint=_HINT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 import fxopt
+from fxopt import plugins
 from graphs import FRONT_ENDS, Network, TwoInputs
 
 pytestmark = pytest.mark.filterwarnings("ignore::fxopt.FxoptNotice")
@@ -284,3 +286,35 @@ def test_a_malformed_rule_is_named_and_the_rest_goes_on(front_end: str, rule: fx
     assert failed.status == "failed"
     assert reason in failed.reason
     assert sum(result.rewrites for result in fast.report.passes) == 1
+
+
+def _build_raises(module: fx.GraphModule, packed: Any) -> Any:
+    raise ValueError("no compiler here")
+
+
+def _run_raises(module: fx.GraphModule, packed: Any) -> Any:
+    def run(*tensors: torch.Tensor) -> Any:
+        raise RuntimeError("the kernel refuses")
+
+    return run
+
+
+@front_ends
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        pytest.param(_build_raises, "ValueError: no compiler here", id="while it builds"),
+        pytest.param(_run_raises, "RuntimeError: the kernel refuses", id="at the first run"),
+    ],
+)
+def test_a_backend_that_raises_gives_way(
+    monkeypatch: pytest.MonkeyPatch, front_end: str, build: Any, reason: str
+) -> None:
+    broken = dataclasses.replace(plugins.backend("aten"), name="broken", build=build)
+    installed = plugins.backend
+    monkeypatch.setattr(plugins, "backend", lambda name: broken if name == "broken" else installed(name))
+    model, x = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()).eval(), torch.randn(2, 3, 4, 4)
+    fast = compiled(front_end, model, x, backend="broken")
+    torch.testing.assert_close(fast(x), model(x))
+    assert fast.report.backend == "aten"
+    assert any("broken" in notice and reason in notice for notice in fast.report.notices)
