@@ -14,7 +14,7 @@ import fxopt
 from fxopt import effects, ir, plugins
 from fxopt.edit import Editor
 from fxopt.rewrite import Journal, apply
-from graphs import FRONT_ENDS, Network, assert_declined, compiled_by, fired, operations
+from graphs import FRONT_ENDS, Network, TwoInputs, assert_declined, compiled_by, fired, operations
 
 PASSES = ("eliminate-dead-code",)
 RULE = "unread"
@@ -147,3 +147,11 @@ def test_an_unread_assertion_stays() -> None:
     assert_declined(compiled, RULE, "it may raise")
     with pytest.raises(fxopt.InputError, match="four features"):
         compiled(torch.randn(2, 3))
+
+
+@both
+def test_an_input_that_nobody_reads_is_still_taken(front_end: str) -> None:
+    model = TwoInputs(lambda m, x, y: torch.abs(x)).eval()
+    compiled = compiled_by(PASSES, model, (torch.randn(3), torch.randn(2)), front_end)
+    assert fired(compiled) == []
+    assert len(compiled.fused_graph.graph.find_nodes(op="placeholder")) == 2
