@@ -213,7 +213,7 @@ class Rewriter:
         return result
 
     def insert_between(self, operand: fx.Node, reader: fx.Node, build: Callable[[], fx.Node], *, rule: str) -> fx.Node:
-        """Lets `reader` read what `build` makes of `operand`, right behind it; other readers go on reading `operand`."""
+        """Lets `reader` read what `build` makes of `operand`, right behind it; others go on reading `operand`."""
         mark = self.editor.mark()
         self._point, self._origin = operand.next, ir.origins(operand)
         try:

@@ -22,9 +22,8 @@ from fxopt.errors import StaleWeightsError, UsageError
 from fxopt.program import Specialisation
 from fxopt.report import Explanation, Report, explain
 
-#: How many signatures, and how many captures, a module remembers.
+#: How many signatures a module remembers.
 MOST_SPECIALISATIONS = 32
-MOST_PROGRAMS = 8
 
 
 class CompiledModule(torch.nn.Module):

@@ -41,6 +41,10 @@ from fxopt.rewrite import Journal
 from fxopt.state import KeptState, privatise
 
 
+#: How many captures a model keeps.
+MOST_PROGRAMS = 8
+
+
 @dataclass
 class Session:
     """The private original, the options, and the programs made so far; `first` is the one that the report is about."""
@@ -93,7 +97,7 @@ class Session:
             self.before, self.after, self.report = captured.module, program.module, program.report
             self.report.verification = "shapes are not known yet; the first call is compared"
         self.programs.append(program)
-        del self.programs[1:-7]
+        del self.programs[1 : 1 - MOST_PROGRAMS]  # the first is the one that the report is about
         return program
 
     def _capture(self, inputs: Inputs, dynamic_shapes: str | None, *, grad: bool = True) -> Program:
@@ -182,7 +186,7 @@ class Session:
         program = self._capture(inputs, dynamic)
         if dynamic is None and grad:
             return program
-        suspect = not grad or _rare(program, inputs, setting)
+        suspect = not grad or _rare(program, inputs)
         difference = program.guards.refusal(inputs) or (self._disagreement(program, inputs) if suspect else None)
         if difference is not None:
             self.programs.remove(program)
@@ -451,7 +455,7 @@ def _seeded(run: Callable[..., Any], inputs: Inputs) -> list[Any]:
         return list(run(*[agreement.copied(tensor) for tensor in inputs.tensors]))
 
 
-def _rare(program: Program, inputs: Inputs, setting: Setting) -> bool:
+def _rare(program: Program, inputs: Inputs) -> bool:
     """Whether a size that the program leaves open is 0 or 1, which a capture can be wrong about."""
     return any(size in (0, 1) for size in program.guards.dynamic_sizes(inputs))
 

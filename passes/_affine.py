@@ -151,7 +151,7 @@ def fold_before_guard(layer: fx.Node, inner: Map) -> NoMatch | None:
     if refusal is not None:
         return refusal
     source = ir.argument(layer, "input")
-    if ir.arguments(layer).get("residual") is source:
+    if isinstance(source, fx.Node) and ir.arguments(layer).get("residual") is source:
         return NoMatch(f"{layer.name} also adds {source.name} to its result", layer)
     if inner.shifts:
         if is_transposed(layer):
