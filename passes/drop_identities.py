@@ -116,22 +116,19 @@ def _run(rewriter: Rewriter) -> None:
         if node.op != "call_function" or node.target not in TARGETS or node._erased:
             continue
         changes = _keeps_values(node)
-        reason = changes or _observable(node, rewriter)
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        reason = changes or _observable(node, source, rewriter)
         if reason is not None:
             rewriter.decline(node, reason, rule="identity", fits=changes is None)
             continue
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
         result = rewriter.substitute(node, lambda source=source: source, rule="identity")  # type: ignore[misc]
         if isinstance(result, NoMatch):
             rewriter.decline(node, result.reason, rule="identity")
 
 
-def _observable(node: fx.Node, rewriter: Rewriter) -> str | None:
-    """None where nobody can tell the result from the first argument; else how somebody could."""
-    source = node.args[0]
-    if not isinstance(source, fx.Node):
-        return "its input is no value of the graph"
+def _observable(node: fx.Node, source: fx.Node, rewriter: Rewriter) -> str | None:
+    """None where nobody can tell the result from `source`, the first argument; else how somebody could."""
     if node.target in _DROPOUTS:
         return None
     before, after = ir.fake(source), ir.fake(node)
