@@ -40,7 +40,6 @@ from fxopt.report import Report
 from fxopt.rewrite import Journal
 from fxopt.state import KeptState, privatise
 
-
 #: How many captures a model keeps.
 MOST_PROGRAMS = 8
 
