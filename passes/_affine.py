@@ -150,9 +150,9 @@ def fold_before_guard(layer: fx.Node, inner: Map) -> NoMatch | None:
     refusal = _finite(layer, inner)
     if refusal is not None:
         return refusal
-    source = ir.argument(layer, "input")
-    if isinstance(source, fx.Node) and ir.arguments(layer).get("residual") is source:
-        return NoMatch(f"{layer.name} also adds {source.name} to its result", layer)
+    given = ir.arguments(layer)
+    if given.get("residual") is not None and given["residual"] is given["input"]:
+        return NoMatch(f"{layer.name} also adds {given['input'].name} to its result", layer)
     if inner.shifts:
         if is_transposed(layer):
             return NoMatch("the shift cannot enter a transposed convolution, whose taps vary by position", layer)
