@@ -14,7 +14,7 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from fxopt import effects, ir
+from fxopt import effects, expand, ir
 from fxopt.edit import Editor
 from fxopt.errors import InputError
 
@@ -28,6 +28,8 @@ def normalize(module: fx.GraphModule) -> None:
         _respell(node)
     _unify_tensors(editor)
     propagate_sizes(module)
+    for node in module.graph.nodes:
+        _respell(node)
     functionalize(module)
     for node in list(module.graph.nodes):
         if isinstance(node.target, OpOverload) and node.op == "call_function":
@@ -181,22 +183,55 @@ def propagate_sizes(module: fx.GraphModule) -> None:
         if node.target is torch._assert:
             _settle_assertion(editor, node)
             continue
-        if isinstance(node.target, OpOverload) and node.target is not aten.sym_size.int:
+        if node.meta.get("val") is None:
+            ir.update_value(node)  # an operand may have become known just now
+        if isinstance(node.target, OpOverload) and node.target not in _SIZES:
+            _drop_identity(editor, node)
+            continue
+        if expand.is_whole(node) and node.users and not _is_plain(ir.value(node)) and expand.expand(editor, node):
             continue
         found = ir.value(node)
         if node.target is operator.getitem and found is not None:
             _size_of_shape(editor, node)
             found = ir.value(node)
-        plain = type(found) in (int, float, bool) or isinstance(found, (torch.dtype, torch.device))
-        if plain or (type(found) is torch.Size and all(type(size) is int for size in found)):
+        if _is_plain(found):
             literal = list(found) if isinstance(found, torch.Size) else found
             _write_out(editor, node, literal)
-        if not node.users and effects.of(node).pure:
+        if not node.users and (effects.of(node).pure or getattr(node.target, "__module__", "") == "math"):
             editor.erase(node)
     for node in reversed(list(module.graph.nodes)):
         scalar = node.target in ir.SCALAR_FUNCTIONS or node.target in (getattr, aten.sym_size.int)
         if scalar and not node.users and effects.of(node).pure:
             editor.erase(node)
+
+
+#: Operators that give sizes.
+_SIZES = (aten.sym_size.int, aten.sym_numel.default)
+
+
+def _is_plain(found: Any) -> bool:
+    if type(found) is torch.Size:
+        return all(type(size) is int for size in found)
+    return type(found) in (int, float, bool) or isinstance(found, (torch.dtype, torch.device))
+
+
+def _drop_identity(editor: Editor, node: fx.Node) -> None:
+    """`x[:]` and `contiguous()` of what is so are `x` itself: PyTorch makes no call, torch.export records some."""
+    if node.target not in (aten.slice.Tensor, aten.contiguous.default):
+        return
+    given = ir.arguments(node)
+    source = given["self"]
+    before, after = ir.fake(source), ir.fake(node)
+    if before is None or after is None:
+        return
+    if node.target is aten.contiguous.default:
+        order = given["memory_format"]
+        same = before.is_contiguous(memory_format=torch.contiguous_format if type(order) is int else order)
+    else:
+        same = given["step"] == 1 and ir.same_sizes(before.shape, after.shape)
+    if same and ir.same_sizes(before.stride(), after.stride()):
+        editor.replace_uses(node, source)
+        editor.erase(node)
 
 
 def _write_out(editor: Editor, node: fx.Node, literal: Any) -> None:

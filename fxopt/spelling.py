@@ -264,7 +264,16 @@ def _binary(name: str, left: Any, right: Any, is_number: IsNumber) -> Call | Non
     return None
 
 
-_METHOD_NAMES = {"type_as": None, "size": None, "dim": None, "to": "to", "__getitem__": None}
+_CASTS = {
+    "float": torch.float32,
+    "double": torch.float64,
+    "half": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "bool": torch.bool,
+    "int": torch.int32,
+    "long": torch.int64,
+}
+_METHOD_NAMES = {"size": None, "dim": None, "to": "to", "__getitem__": None}
 _PYTHON_METHODS: dict[str, Any] = {"split": torch.split}
 
 
@@ -273,8 +282,10 @@ def _method(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], is_number:
         return operator_for("call_function", _PYTHON_METHODS[name], args, kwargs, is_number)
     if name == "size" and len(args) == 2 and not kwargs:
         return aten.sym_size.int, args, {}
-    if name == "float" and len(args) == 1 and not kwargs:
-        return aten.to.dtype, (args[0], torch.float32), {}
+    if name == "where" and len(args) == 3 and not kwargs:
+        return operator_for("call_function", torch.where, (args[1], args[0], args[2]), {}, is_number)
+    if name in _CASTS and len(args) == 1 and not kwargs:
+        return aten.to.dtype, (args[0], _CASTS[name]), {}
     if name in _METHOD_NAMES and _METHOD_NAMES[name] is None:
         return None
     return resolve(name, args, kwargs, is_number)

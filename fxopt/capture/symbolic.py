@@ -70,8 +70,15 @@ def _gives_number(node: fx.Node) -> bool:
     if effects._is_number(node):
         return True
     if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
-        return node.args[0].target is getattr and node.args[0].args[1:] == ("shape",)
+        return _gives_sizes(node.args[0]) and not isinstance(node.args[1], slice)
     return node.target is getattr and node.args[1:] in (("ndim",), ("is_cuda",))
+
+
+def _gives_sizes(node: fx.Node) -> bool:
+    """Whether a node is a shape or a part of one."""
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        return isinstance(node.args[1], slice) and _gives_sizes(node.args[0])
+    return node.target is getattr and node.args[1:] == ("shape",)
 
 
 class _Tracer(fx.Tracer):
