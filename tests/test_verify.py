@@ -155,7 +155,7 @@ def _raises(x: torch.Tensor) -> torch.Tensor:
         pytest.param(lambda x: (x * 2)[:1], "output has shape (1, 3, 8, 8) instead of", id="another shape"),
         pytest.param(lambda x: (x * 2).double(), "dtype torch.float64 instead of torch.float32", id="another dtype"),
         pytest.param(lambda x: [x * 2], "the results have another structure", id="another structure"),
-        pytest.param(lambda x: x * 2 + math.inf, "output is not finite where the original is", id="infinities"),
+        pytest.param(lambda x: x * 2 + math.inf, "output is off where the original is zero or", id="infinities"),
         pytest.param(lambda x: x.mul_(2), "args[0] after the call", id="an argument written in place"),
         pytest.param(_raises, "the compiled model raises ValueError: out of luck", id="an exception"),
     ],
