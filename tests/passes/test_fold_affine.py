@@ -54,6 +54,7 @@ def parts(**more: Any) -> dict[str, Any]:
         "whole": torch.randn(6, 4, 4),
         "batch": torch.randn(2, 1, 1, 1),
         "deep": torch.randn(1, 1, 6, 1, 1),
+        "shell": torch.full((1, 1, 1, 1, 1), 3.0),
         "zero": torch.tensor([[[1.0]], [[0.0]], [[2.0]], [[1.0]]]),
         "nan": torch.tensor(float("nan")),
         "whole_number": torch.tensor([[[2]]]),
@@ -133,6 +134,7 @@ DECLINES: list[tuple[str, Body, str, str]] = [
     ("an image", lambda m, x: m.conv(x) + m.whole, AFTER, "does not run along the channels"),
     ("a constant per image", lambda m, x: m.conv(x) * m.batch, AFTER, "does not run along the channels"),
     ("one channel that becomes six", lambda m, x: m.one(x) * m.c6, AFTER, "does not run along the channels"),
+    ("one element in more dimensions", lambda m, x: m.conv(x) * m.shell, AFTER, "does not run along the channels"),
     ("a constant of more dimensions", lambda m, x: m.conv(x) * m.deep, AFTER, "does not run along the channels"),
     (
         "an unbatched conv, whose channels are dim 0",
