@@ -1,9 +1,14 @@
-"""Draws the pictures of the README and the documentation: `python docs/make_images.py`. Needs graphviz's `dot`."""
+"""Draws the pictures of the documentation: `python docs/make_images.py [PASS...]`. Needs graphviz's `dot`.
+
+The picture of a pass is its diff of the example on its page, `docs/passes/PASS.md`, whose code leaves it in `fast`.
+"""
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,17 +17,18 @@ import fxopt
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import demo_models
 
-IMAGES = Path(__file__).resolve().parent / "images"
+DOCS = Path(__file__).resolve().parent
+IMAGES = DOCS / "images"
+BLOCK = re.compile(r"^```python\n(?!>>>)(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-def main() -> None:
+def draw_models() -> None:
     """ResNet-18 as a whole, and its first residual block, before and after."""
     demo_models.import_torchvision()
     import torchvision
 
     torch.manual_seed(0)
     network = demo_models.randomize_norms(torchvision.models.resnet18().eval())
-    IMAGES.mkdir(exist_ok=True)
     for name, model, shape in (
         ("resnet18", network, (2, 3, 224, 224)),
         ("block", network.layer1[0], (2, 64, 56, 56)),
@@ -31,5 +37,22 @@ def main() -> None:
         print(fast.diff().save(IMAGES / f"{name}.svg"))
 
 
+def draw_pass(name: str) -> None:
+    """The example on a pass's page, in front of the pass and behind it."""
+    scope: dict[str, Any] = {}
+    for block in BLOCK.finditer((DOCS / "passes" / f"{name}.md").read_text(encoding="utf-8")):
+        exec(block["text"], scope)
+    print(scope["fast"].diff(name).save(IMAGES / "passes" / f"{name}.svg"))
+
+
+def main(names: list[str]) -> None:
+    """The passes that are named, or everything."""
+    (IMAGES / "passes").mkdir(parents=True, exist_ok=True)
+    if not names:
+        draw_models()
+    for name in names or sorted(page.stem for page in (DOCS / "passes").glob("*.md")):
+        draw_pass(name)
+
+
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
