@@ -7,7 +7,7 @@ on. With `strict` it raises instead.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,6 +25,12 @@ _ADMITS: dict[Numerics, tuple[Numerics, ...]] = {
     "reassociate": ("bitwise", "reassociate"),
     "approximate": ("bitwise", "reassociate", "approximate"),
 }
+
+#: One step of a pipeline: a pass, or a group of passes that is repeated until none of them rewrites anything.
+Step = Pass | tuple[Pass, ...]
+
+#: A group that has not settled after so many rounds is left as it is, and said so.
+MOST_ROUNDS = 10
 
 #: Runs the module as it is on the example inputs and compares with the original.
 Judge = Callable[[fx.GraphModule], Verdict]
@@ -45,6 +51,15 @@ class PassResult:
     seconds: float = 0.0
     reason: str = ""
     verdict: Verdict | None = None
+
+    def then(self, again: PassResult) -> PassResult:
+        """This result and that of running the pass again as one: the last word, over the sums of rewrites and time."""
+        return replace(
+            again,
+            rewrites=self.rewrites + again.rewrites,
+            nodes_before=self.nodes_before,
+            seconds=self.seconds + again.seconds,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The result for programs."""
@@ -76,15 +91,44 @@ def compute_nodes(module: fx.GraphModule) -> int:
     return sum(map(ir.is_compute, module.graph.nodes))
 
 
+def flat(steps: Iterable[Step]) -> tuple[Pass, ...]:
+    """The passes of a pipeline in order, those of groups among them."""
+    return tuple(current for step in steps for current in (step if isinstance(step, tuple) else (step,)))
+
+
+def only(steps: Iterable[Step], wanted: Callable[[Pass], bool]) -> tuple[Step, ...]:
+    """A pipeline without the passes that are not wanted, and without groups that this leaves empty."""
+    kept: list[Step] = []
+    for step in steps:
+        if isinstance(step, tuple):
+            group = tuple(filter(wanted, step))
+            kept += [group] if group else []
+        elif wanted(step):
+            kept.append(step)
+    return tuple(kept)
+
+
+def up_to(steps: Iterable[Step], place: int) -> tuple[Step, ...]:
+    """The part in front of the pass at `place` in `flat(steps)`; of that pass's group, the first round."""
+    kept: list[Step] = []
+    for step in steps:
+        size = len(step) if isinstance(step, tuple) else 1
+        if size > place:
+            return (*kept, *flat([step])[:place])
+        kept.append(step)
+        place -= size
+    return tuple(kept)
+
+
 @dataclass(frozen=True)
 class PassManager:
-    """A tuple of passes and how to run them.
+    """A pipeline and how to run it: passes, and groups of passes that are repeated until none of them rewrites.
 
     `judge` compares the module with the original after each pass (`each`), or once at the end, where a wrong answer
     makes the passes run again, judged one by one. `strict` raises where a pass fails.
     """
 
-    passes: Sequence[Pass]
+    passes: Sequence[Step]
     numerics: Numerics = "reassociate"
     strict: bool = False
     judge: Judge | None = None
@@ -108,17 +152,45 @@ class PassManager:
 
     def _sweep(self, module: fx.GraphModule, *, judged: bool) -> Run:
         run = Run(Editor(module))
-        for index, current in enumerate(self.passes):
-            if self.progress is not None:
-                self.progress(current.name, index, len(self.passes))
-            if current.numerics not in _ADMITS[self.numerics]:
-                reason = f"it promises {current.numerics} only, and {self.numerics} was asked for"
-                run.results.append(PassResult(current.name, current.numerics, "skipped", reason=reason))
-                continue
-            run.results.append(self._one(current, run, judged=judged))
+        total = len(flat(self.passes))
+        for step in self.passes:
+            run.results += self._group(step if isinstance(step, tuple) else (step,), run, total, judged=judged)
         if self.progress is not None:
-            self.progress("done", len(self.passes), len(self.passes))
+            self.progress("done", total, total)
         return run
+
+    def _group(self, group: tuple[Pass, ...], run: Run, total: int, *, judged: bool) -> list[PassResult]:
+        """One result for each pass of a group. A pass alone runs once; several, until none of them rewrites.
+
+        A pass runs again only where others have rewritten since. One that is skipped or fails is not tried again.
+        """
+        results: dict[int, PassResult] = {}
+        seen: dict[int, int] = {}
+        for _ in range(MOST_ROUNDS if len(group) > 1 else 1):
+            before = len(run.journal.rewrites)
+            for index, current in enumerate(group):
+                earlier = results.get(index)
+                if earlier is not None and (earlier.status != "done" or seen[index] == len(run.journal.rewrites)):
+                    continue
+                if self.progress is not None:
+                    self.progress(current.name, len(run.results) + index, total)
+                result = self._admitted(current) or self._one(current, run, judged=judged)
+                results[index] = result if earlier is None else earlier.then(result)
+                seen[index] = len(run.journal.rewrites)
+            if len(run.journal.rewrites) == before:
+                break
+        else:
+            if len(group) > 1:
+                reason = f"its group had not come to rest after {MOST_ROUNDS} rounds"
+                results = {index: replace(result, reason=result.reason or reason) for index, result in results.items()}
+        return [results[index] for index in range(len(group))]
+
+    def _admitted(self, current: Pass) -> PassResult | None:
+        """None where the numerics that were asked for admit a pass; else its result: skipped."""
+        if current.numerics in _ADMITS[self.numerics]:
+            return None
+        reason = f"it promises {current.numerics} only, and {self.numerics} was asked for"
+        return PassResult(current.name, current.numerics, "skipped", reason=reason)
 
     def _one(self, current: Pass, run: Run, *, judged: bool) -> PassResult:
         module, mark = run.editor.module, run.editor.mark()

@@ -14,16 +14,16 @@ from fxopt.capture import Captured, Inputs
 from fxopt.errors import FxoptError, InputError
 from fxopt.guards import Guards
 from fxopt.lowering.backend import Backend, Runner, Setting, set_concrete_values
-from fxopt.pipeline import Judge, PassManager, PassResult, Progress
+from fxopt.pipeline import Judge, PassManager, PassResult, Progress, Step, only
 from fxopt.report import Report, compute_nodes
-from fxopt.rewrite import Journal, Numerics, Pass
+from fxopt.rewrite import Journal, Numerics
 
 
 @dataclass(frozen=True)
 class Options:
     """What the caller of `fxopt.compile` chose."""
 
-    passes: tuple[Pass, ...]
+    passes: tuple[Step, ...]
     backend: str = "auto"
     numerics: Numerics = "reassociate"
     verify: bool | str = True
@@ -45,7 +45,7 @@ class Program:
     guards: Guards
     module: fx.GraphModule
     report: Report
-    passes: tuple[Pass, ...]
+    passes: tuple[Step, ...]
     proven: set[Any] = field(default_factory=set)
     refused: set[str] = field(default_factory=set)
 
@@ -86,8 +86,9 @@ def make_program(
         notices=list(captured.notices) + [str(error) for error in plugins.broken().values()],
         seconds=seconds,
     )
-    kept = (current for current, result in zip(options.passes, run.results, strict=True) if result.status in KEPT)
-    return Program(captured, Guards.of(captured), module, report, tuple(kept))
+    lost = {result.name for result in run.results if result.status not in KEPT}
+    kept = only(options.passes, lambda current: current.name not in lost)
+    return Program(captured, Guards.of(captured), module, report, kept)
 
 
 def prune_attributes(module: fx.GraphModule) -> None:
@@ -164,17 +165,7 @@ def describe(inputs: Inputs) -> str:
 def _joined(report: Report, results: list[PassResult], journal: Journal, after: int) -> Report:
     """The report of the first run and of the run with shapes as one: per pass the sum, of declines the last word."""
     again = {result.name: result for result in results}
-    merged = [
-        replace(
-            again[first.name],
-            rewrites=first.rewrites + again[first.name].rewrites,
-            nodes_before=first.nodes_before,
-            seconds=first.seconds + again[first.name].seconds,
-        )
-        if first.name in again
-        else first
-        for first in report.passes
-    ]
+    merged = [first.then(again[first.name]) if first.name in again else first for first in report.passes]
     rewrites = [*report.journal.rewrites, *journal.rewrites]
     gone = {name for rewrite in rewrites for name in rewrite.removed}
     declines = {key: d for key, d in report.journal.declines.items() if not d.pending and d.node not in gone}
