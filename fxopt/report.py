@@ -67,8 +67,7 @@ class Report:
                 {
                     "pass": rewrite.pass_name,
                     "rule": rewrite.rule,
-                    "at": rewrite.root,
-                    "result": rewrite.result,
+                    "replaced": [list(pair) for pair in rewrite.replaced],
                     "removed": list(rewrite.removed),
                     "added": list(rewrite.added),
                     "modules": _modules(rewrite.origins),
@@ -138,7 +137,7 @@ class Report:
 
     def common_reasons(self, most: int = 5) -> list[tuple[str, int]]:
         """The most frequent reasons for declines on layers that were left as they were, by pass."""
-        done = {name for rewrite in self.rewrites for name in (rewrite.root, *rewrite.removed)}
+        done = {name for rewrite in self.rewrites for name in (*dict(rewrite.replaced), *rewrite.removed)}
         counts: Counter[str] = Counter()
         for decline in self.declines:
             if decline.fits and decline.node not in done and not decline.pending:
@@ -199,7 +198,7 @@ class Explanation:
         lines += [f"  {line}" for line in self.lines if line]
         lines.append("  was: " + ("; ".join(self.before) or "nothing of its own"))
         for rewrite in self.rewrites:
-            became = rewrite.result or "nothing"
+            became = ", ".join(result for _, result in rewrite.replaced if result) or "nothing"
             lines.append(f"  {rewrite.pass_name} ({rewrite.rule}): {', '.join(rewrite.removed)} -> {became}")
         for decline in self.declines:
             when = "pending" if decline.pending else "declined"
@@ -229,11 +228,14 @@ def explain(subject: str, before: fx.GraphModule, after: fx.GraphModule, report:
 
     names = {subject}
     for rewrite in journal.rewrites:
-        if rewrite.result and names & {rewrite.root, *rewrite.removed}:  # what was only removed has no result
-            names.add(rewrite.result)
+        became = {root: result for root, result in rewrite.replaced if result}  # what was only removed has no result
+        heirs = {became[name] for name in names & became.keys()}
+        names |= heirs or (set(became.values()) if names & set(rewrite.removed) else set())
     was, is_now = of(before, {subject}), of(after, names)
     rewrites = tuple(
-        rewrite for rewrite in journal.rewrites if concerns(rewrite.origins) or names & {rewrite.root, rewrite.result}
+        rewrite
+        for rewrite in journal.rewrites
+        if concerns(rewrite.origins) or any(names & set(pair) for pair in rewrite.replaced)
     )
     if not was and not is_now and not rewrites:
         known = sorted({origin.module for node in before.graph.nodes for origin in ir.origins(node) if origin.module})

@@ -13,6 +13,7 @@ from .fold_affine import PASS as FOLD_AFFINE
 from .fold_batchnorm import PASS as FOLD_BATCHNORM
 from .fuse_conv_activation import PASS as FUSE_CONV_ACTIVATION
 from .fuse_linear_activation import PASS as FUSE_LINEAR_ACTIVATION
+from .merge_siblings import PASS as MERGE_SIBLINGS
 
 PASSES: tuple[Pass, ...] = (
     DROP_IDENTITIES,  # first: a dropout between two layers hides them from every pattern
@@ -20,5 +21,6 @@ PASSES: tuple[Pass, ...] = (
     FOLD_BATCHNORM,  # before fusion: a norm stands between a convolution and its activation
     FUSE_CONV_ACTIVATION,  # after folding: the activation now reads the convolution itself
     FUSE_LINEAR_ACTIVATION,
+    MERGE_SIBLINGS,  # after fusion: siblings have their activations with them, and the wide layer has one for all
     ELIMINATE_DEAD_CODE,  # last: what the others left unread
 )

@@ -29,6 +29,7 @@ LAYERS = (
     "capture",
     "guards",  # which inputs a capture fits
     "pattern",
+    "observe",  # what a rewrite must not change
     "rewrite",
     "compare",
     "agreement",  # of a capture with its original
