@@ -109,6 +109,63 @@ class Total:
         }
 
 
+def amount(number: float, unit: str) -> str:
+    """A number with three digits and a prefix: `8.22 GFLOP`, `426 MB`, `-12 kB`, `3.1 µs`."""
+    size = abs(number)
+    if unit == "s":
+        scale, prefix = (1.0, "") if size >= 1 else (1e-3, "m") if size >= 1e-3 or not size else (1e-6, "µ")
+    else:
+        powers = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
+        scale, prefix = next(entry for entry in powers if size >= entry[0] or entry[0] == 1)
+    value = number / scale
+    digits = f"{value:.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"
+    return f"{digits} {prefix}{unit}"
+
+
+def change(before: Total, after: Total) -> str:
+    """What became less or more, in words: `-38 launches, -12.3 MB, -2.1 ms`; empty where nothing did.
+
+    Operations of unknown work may be on both sides, as long as they are as many.
+    """
+    if before.unknown != after.unknown or (before.unknown and not before.work.launches):
+        return "unknown"
+    old, new = before.work, after.work
+    launches = new.launches - old.launches
+    amounts = (
+        (new.flops - old.flops, "FLOP", ""),
+        (new.moved - old.moved, "B", " moved"),
+        (new.copied - old.copied, "B", " copied"),
+        (after.seconds - before.seconds, "s", ""),
+    )
+    parts = [f"{launches:+d} launch{'' if abs(launches) == 1 else 'es'}"] if launches else []
+    parts += [f"{'+' if number > 0 else ''}{amount(number, unit)}{what}" for number, unit, what in amounts if number]
+    return ", ".join(parts)
+
+
+def describe(before: Total, after: Total) -> str:
+    """Two totals in a line, and what is not in them; empty where there is no work."""
+    old, new = before.work, after.work
+    if not old.launches and not new.launches:
+        return "work is not estimated: shapes are not known" if before.unknown or after.unknown else ""
+
+    def both(left: str, right: str) -> str:
+        return left if left == right else f"{left} -> {right}"
+
+    moved = f"{both(amount(old.moved, 'B'), amount(new.moved, 'B'))} moved"
+    if old.copied or new.copied:
+        moved += f" ({both(amount(old.copied, 'B'), amount(new.copied, 'B'))} copied)"
+    parts = [
+        both(amount(before.seconds, "s"), amount(after.seconds, "s")),
+        both(amount(old.flops, "FLOP"), amount(new.flops, "FLOP")),
+        moved,
+        f"{both(str(old.launches), str(new.launches))} launches",
+    ]
+    if before.unknown or after.unknown:
+        left_out = both(str(before.unknown), str(after.unknown))
+        parts.append(f"without {left_out} operations whose work is not known")
+    return f"estimated on {after.device}: " + "; ".join(parts)
+
+
 def of_module(module: fx.GraphModule, device: Device | None = None) -> Total:
     """The work of a whole module, by default on the device that its first input or weight is on."""
     return _total(module.graph.nodes, device or _device_of_module(module))
@@ -246,9 +303,12 @@ __all__ = [
     "Device",
     "Rule",
     "Total",
+    "amount",
+    "change",
     "compare",
     "copied_by_concat",
     "copy",
+    "describe",
     "device_of",
     "elementwise",
     "estimate",

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx
 
-from fxopt import check, ir
+from fxopt import check, cost, ir
 from fxopt.compare import Verdict
 from fxopt.edit import Editor
 from fxopt.errors import FxoptError, VerificationError
@@ -33,7 +33,10 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class PassResult:
-    """What one pass did. `status` is done, skipped, failed or rolled back; `seconds` wall time."""
+    """What one pass did. `status` is done, skipped, failed or rolled back; `seconds` wall time.
+
+    `work_before` and `work_after` are the module's estimated work around the pass, where that was asked for.
+    """
 
     name: str
     numerics: str
@@ -45,6 +48,15 @@ class PassResult:
     seconds: float = 0.0
     reason: str = ""
     verdict: Verdict | None = None
+    work_before: cost.Total | None = None
+    work_after: cost.Total | None = None
+
+    @property
+    def change(self) -> str:
+        """What the pass saved by estimate, in words; "unknown" where shapes were not known, empty where nothing."""
+        if self.work_before is None or self.work_after is None or not self.rewrites:
+            return ""
+        return cost.change(self.work_before, self.work_after)
 
     def to_dict(self) -> dict[str, Any]:
         """The result for programs."""
@@ -59,16 +71,25 @@ class PassResult:
             "seconds": round(self.seconds, 4),
             "reason": self.reason,
             "verdict": None if self.verdict is None else self.verdict.to_dict(),
+            "work": both(self.work_before, self.work_after),
         }
+
+
+def both(before: cost.Total | None, after: cost.Total | None) -> dict[str, Any] | None:
+    """Work before and after for programs."""
+    if before is None or after is None:
+        return None
+    return {"before": before.to_dict(), "after": after.to_dict()}
 
 
 @dataclass
 class Run:
-    """One run of a pipeline: the edits (to undo), the journal, each pass's result."""
+    """One run of a pipeline: the edits (to undo), the journal, each pass's result; the work so far, by estimate."""
 
     editor: Editor
     journal: Journal = field(default_factory=Journal)
     results: list[PassResult] = field(default_factory=list)
+    work: cost.Total | None = None
 
 
 def compute_nodes(module: fx.GraphModule) -> int:
@@ -81,7 +102,8 @@ class PassManager:
     """A tuple of passes and how to run them.
 
     `judge` compares the module with the original after each pass (`each`), or once at the end, where a wrong answer
-    makes the passes run again, judged one by one. `strict` raises where a pass fails.
+    makes the passes run again, judged one by one. `strict` raises where a pass fails. `estimate` has the work around
+    each pass estimated.
     """
 
     passes: Sequence[Pass]
@@ -90,6 +112,7 @@ class PassManager:
     judge: Judge | None = None
     each: bool = False
     progress: Progress | None = None
+    estimate: bool = False
 
     def run(self, module: fx.GraphModule) -> Run:
         """Runs every pass over `module`, in place.
@@ -107,7 +130,7 @@ class PassManager:
         return run
 
     def _sweep(self, module: fx.GraphModule, *, judged: bool) -> Run:
-        run = Run(Editor(module))
+        run = Run(Editor(module), work=cost.of_module(module) if self.estimate else None)
         for index, current in enumerate(self.passes):
             if self.progress is not None:
                 self.progress(current.name, index, len(self.passes))
@@ -124,7 +147,8 @@ class PassManager:
         module, mark = run.editor.module, run.editor.mark()
         rewrites, declines = len(run.journal.rewrites), dict(run.journal.declines)
         start = time.perf_counter()
-        result = PassResult(current.name, current.numerics, nodes_before=compute_nodes(module))
+        nodes = compute_nodes(module)
+        result = PassResult(current.name, current.numerics, nodes_before=nodes, work_before=run.work)
         try:
             apply(current, run.editor, run.journal)
             check.check(module, after=f"the pass {current.name!r}")
@@ -145,11 +169,15 @@ class PassManager:
             run.journal.declines = declines
             status = "rolled back" if isinstance(error, VerificationError) else "failed"
             result = replace(result, status=status, reason=str(error))
+        seconds = time.perf_counter() - start
+        if run.work is not None and len(run.journal.rewrites) > rewrites:
+            run.work = cost.of_module(module)
         made = [entry for entry in run.journal.declines.values() if entry.pass_name == current.name and entry.fits]
         return replace(
             result,
             rewrites=len(run.journal.rewrites) - rewrites,
             declines=len(made),
             nodes_after=compute_nodes(module),
-            seconds=time.perf_counter() - start,
+            seconds=seconds,
+            work_after=run.work,
         )
