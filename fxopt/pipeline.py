@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx
 
-from fxopt import check, ir
+from fxopt import check, cost, ir
 from fxopt.compare import Verdict
 from fxopt.edit import Editor
 from fxopt.errors import FxoptError, VerificationError
@@ -39,7 +39,10 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class PassResult:
-    """What one pass did. `status` is done, skipped, failed or rolled back; `seconds` wall time."""
+    """What one pass did. `status` is done, skipped, failed or rolled back; `seconds` wall time.
+
+    `work_before` and `work_after` are the module's estimated work around the pass, where that was asked for.
+    """
 
     name: str
     numerics: str
@@ -51,14 +54,34 @@ class PassResult:
     seconds: float = 0.0
     reason: str = ""
     verdict: Verdict | None = None
+    work_before: cost.Total | None = None
+    work_after: cost.Total | None = None
+
+    @property
+    def change(self) -> str:
+        """What the pass saved by estimate, in words; "unknown" where shapes were not known, empty where nothing."""
+        if self.work_before is None or self.work_after is None or not self.rewrites:
+            return ""
+        return cost.change(self.work_before, self.work_after)
 
     def then(self, again: PassResult) -> PassResult:
-        """This result and that of running the pass again as one: the last word, over the sums of rewrites and time."""
+        """This result and that of running the pass again as one: the last word, over the sums of what both did.
+
+        What was saved while shapes were not known cannot be told from what was saved after.
+        """
+        if not self.rewrites:
+            return replace(again, seconds=self.seconds + again.seconds)
+        after = None
+        if self.work_after is not None and again.work_before is not None and again.work_after is not None:
+            after = self.work_after + (again.work_after - again.work_before)
         return replace(
             again,
             rewrites=self.rewrites + again.rewrites,
             nodes_before=self.nodes_before,
+            nodes_after=self.nodes_after + again.nodes_after - again.nodes_before,
             seconds=self.seconds + again.seconds,
+            work_before=self.work_before,
+            work_after=after,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -74,16 +97,25 @@ class PassResult:
             "seconds": round(self.seconds, 4),
             "reason": self.reason,
             "verdict": None if self.verdict is None else self.verdict.to_dict(),
+            "work": both(self.work_before, self.work_after),
         }
+
+
+def both(before: cost.Total | None, after: cost.Total | None) -> dict[str, Any] | None:
+    """Work before and after for programs."""
+    if before is None or after is None:
+        return None
+    return {"before": before.to_dict(), "after": after.to_dict()}
 
 
 @dataclass
 class Run:
-    """One run of a pipeline: the edits (to undo), the journal, each pass's result."""
+    """One run of a pipeline: the edits (to undo), the journal, each pass's result; the work so far, by estimate."""
 
     editor: Editor
     journal: Journal = field(default_factory=Journal)
     results: list[PassResult] = field(default_factory=list)
+    work: cost.Total | None = None
 
 
 def compute_nodes(module: fx.GraphModule) -> int:
@@ -125,7 +157,8 @@ class PassManager:
     """A pipeline and how to run it: passes, and groups of passes that are repeated until none of them rewrites.
 
     `judge` compares the module with the original after each pass (`each`), or once at the end, where a wrong answer
-    makes the passes run again, judged one by one. `strict` raises where a pass fails.
+    makes the passes run again, judged one by one. `strict` raises where a pass fails. `estimate` has the work around
+    each pass estimated.
     """
 
     passes: Sequence[Step]
@@ -134,6 +167,7 @@ class PassManager:
     judge: Judge | None = None
     each: bool = False
     progress: Progress | None = None
+    estimate: bool = False
 
     def run(self, module: fx.GraphModule) -> Run:
         """Runs every pass over `module`, in place.
@@ -151,7 +185,7 @@ class PassManager:
         return run
 
     def _sweep(self, module: fx.GraphModule, *, judged: bool) -> Run:
-        run = Run(Editor(module))
+        run = Run(Editor(module), work=cost.of_module(module) if self.estimate else None)
         total = len(flat(self.passes))
         for step in self.passes:
             run.results += self._group(step if isinstance(step, tuple) else (step,), run, total, judged=judged)
@@ -196,7 +230,8 @@ class PassManager:
         module, mark = run.editor.module, run.editor.mark()
         rewrites, declines = len(run.journal.rewrites), dict(run.journal.declines)
         start = time.perf_counter()
-        result = PassResult(current.name, current.numerics, nodes_before=compute_nodes(module))
+        nodes = compute_nodes(module)
+        result = PassResult(current.name, current.numerics, nodes_before=nodes, work_before=run.work)
         try:
             apply(current, run.editor, run.journal)
             check.check(module, after=f"the pass {current.name!r}")
@@ -217,11 +252,15 @@ class PassManager:
             run.journal.declines = declines
             status = "rolled back" if isinstance(error, VerificationError) else "failed"
             result = replace(result, status=status, reason=str(error))
+        seconds = time.perf_counter() - start
+        if run.work is not None and len(run.journal.rewrites) > rewrites:
+            run.work = cost.of_module(module)
         made = [entry for entry in run.journal.declines.values() if entry.pass_name == current.name and entry.fits]
         return replace(
             result,
             rewrites=len(run.journal.rewrites) - rewrites,
             declines=len(made),
             nodes_after=compute_nodes(module),
-            seconds=time.perf_counter() - start,
+            seconds=seconds,
+            work_after=run.work,
         )

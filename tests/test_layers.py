@@ -16,8 +16,11 @@ ROOT = Path(fxopt.__file__).parent
 LAYERS = (
     "errors",
     "ir",
+    "hints",  # open sizes as numbers, for estimates
     "ops",
     "effects",
+    "work",  # what an operator computes and moves
+    "cost",  # what that takes on a device
     "edit",
     "spelling",  # operations as Python programs write them
     "expand",  # what symbolic tracing left whole, written out
