@@ -26,7 +26,7 @@ from torch import fx
 
 from fxopt import ir
 from fxopt.hints import hint
-from fxopt.work import CONCATS, Call, Cost, Rule, joined, layer_flops, of, rule
+from fxopt.work import CONCATS, Call, Cost, Rule, layer_flops, of, rule
 
 
 @dataclass(frozen=True)
@@ -321,7 +321,6 @@ __all__ = [
     "elementwise",
     "estimate",
     "is_concat",
-    "joined",
     "layer",
     "of",
     "of_module",

@@ -22,6 +22,7 @@ _FRESH_COMPOSITES = frozenset(
         *ops.STRING_PADDED_TARGETS,
         ops.convolution,
         ops.linear,
+        ops.buffer,
         aten.linear.default,
         aten.batch_norm.default,
         aten.layer_norm.default,

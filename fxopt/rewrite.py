@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import fx
 
-from fxopt import effects, ir, observe
+from fxopt import buffers, effects, ir, observe
 from fxopt.edit import Editor
 from fxopt.errors import ConvergenceError, FxoptError, RewriteError
 from fxopt.pattern import Guard, Match, NoMatch, Pattern
@@ -399,23 +399,32 @@ def apply(current: Pass, editor: Editor, journal: Journal, *, budget: int | None
     """
     rewriter = Rewriter(editor, current, journal)
     if current.run is not None:
-        try:
-            current.run(rewriter)
-        except FxoptError:
-            raise
-        except Exception as error:
-            raise RewriteError(
-                f"the pass raised {type(error).__name__}: {error}",
-                pass_name=current.name,
-                hint=f"the pass {current.name!r} is at fault; disable=({current.name!r},) leaves it out",
-            ) from error
-        return
-    limit = 10 * len(editor.graph.nodes) + 100 if budget is None else budget
+        _run_function(current.run, rewriter)
+    else:
+        _run_rules(current.rules, rewriter, 10 * len(editor.graph.nodes) + 100 if budget is None else budget)
+    buffers.settle(editor)
+
+
+def _run_function(run: Callable[[Rewriter], None], rewriter: Rewriter) -> None:
+    current = rewriter.current
+    try:
+        run(rewriter)
+    except FxoptError:
+        raise
+    except Exception as error:
+        raise RewriteError(
+            f"the pass raised {type(error).__name__}: {error}",
+            pass_name=current.name,
+            hint=f"the pass {current.name!r} is at fault; disable=({current.name!r},) leaves it out",
+        ) from error
+
+
+def _run_rules(rules: Iterable[Rule], rewriter: Rewriter, limit: int) -> None:
     by_root: dict[Any, list[Rule]] = {}
-    for rule in current.rules:
+    for rule in rules:
         for target in rule.pattern.roots():
             by_root.setdefault(target, []).append(rule)
-    queue = deque(node for node in editor.graph.nodes if node.target in by_root)
+    queue = deque(node for node in rewriter.graph.nodes if node.target in by_root)
     waiting = set(queue)
     count = 0
     while queue:
@@ -432,7 +441,7 @@ def apply(current: Pass, editor: Editor, journal: Journal, *, budget: int | None
             if count > limit:
                 raise ConvergenceError(
                     f"the rule did not come to an end within {limit} rewrites",
-                    pass_name=current.name,
+                    pass_name=rewriter.current.name,
                     rule=rule.name,
                     node=result,
                     hint="its rewrite gives something that it, or another rule of the pass, matches again",

@@ -23,7 +23,7 @@ from torch import fx
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
-from fxopt import ir
+from fxopt import buffers, ir
 from fxopt.hints import hint
 
 
@@ -326,16 +326,12 @@ def _copy_into(call: Call) -> Cost:
     return call.cost(read=nbytes(call.tensor("src")), copies=True)
 
 
-def joined(call: Call, placed: Iterable[fx.Node] = ()) -> Cost:
-    """A concat whose parts `placed` were written in place by what made them: only the other parts are copied."""
-    parts = set(call.node.all_input_nodes) - set(placed)
-    copied = read_by(parts)
-    return Cost(0, copied, copied, copied, 1 if parts else 0)
-
-
 @rule("fxopt.buffer")
 def _buffer(call: Call) -> Cost:
-    return joined(call, placed=call.arguments["parts"])
+    """A concat most of whose parts were written in place by what made them: only the others are copied."""
+    numbers = buffers.copied(call.node)
+    copied = sum(nbytes(_tensor(part)) for number, part in enumerate(buffers.parts(call.node)) if number in numbers)
+    return Cost(0, copied, copied, copied, 1 if numbers else 0)
 
 
 @rule("index", "index_select", "gather", "take", "take_along_dim", "embedding")
@@ -374,4 +370,4 @@ def _dropout(call: Call) -> Cost:
     return call.cost(2 * prod(call.result)) if call.arguments["train"] else Cost()
 
 
-__all__ = ["CONCATS", "Call", "Cost", "Unknown", "joined", "layer_flops", "nbytes", "of", "read_by", "rule"]
+__all__ = ["CONCATS", "Call", "Cost", "Unknown", "layer_flops", "nbytes", "of", "read_by", "rule"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from fxopt import Pass
 
+from .allocate_buffers import PASS as ALLOCATE_BUFFERS
 from .drop_identities import PASS as DROP_IDENTITIES
 from .eliminate_dead_code import PASS as ELIMINATE_DEAD_CODE
 from .fold_affine import PASS as FOLD_AFFINE
@@ -22,5 +23,6 @@ PASSES: tuple[Pass, ...] = (
     FUSE_CONV_ACTIVATION,  # after folding: the activation now reads the convolution itself
     FUSE_LINEAR_ACTIVATION,
     MERGE_SIBLINGS,  # after fusion: siblings have their activations with them, and the wide layer has one for all
-    ELIMINATE_DEAD_CODE,  # last: what the others left unread
+    ELIMINATE_DEAD_CODE,  # what the others left unread
+    ALLOCATE_BUFFERS,  # last: who owns which memory is settled when no value comes or goes any more
 )

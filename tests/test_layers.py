@@ -19,9 +19,10 @@ LAYERS = (
     "hints",  # open sizes as numbers, for estimates
     "ops",
     "effects",
+    "edit",
+    "buffers",  # concats that copy nothing
     "work",  # what an operator computes and moves
     "cost",  # what that takes on a device
-    "edit",
     "spelling",  # operations as Python programs write them
     "expand",  # what symbolic tracing left whole, written out
     "normalize",
