@@ -9,6 +9,7 @@ from fxopt import Pass
 
 from .allocate_buffers import PASS as ALLOCATE_BUFFERS
 from .drop_identities import PASS as DROP_IDENTITIES
+from .eliminate_concat import PASS as ELIMINATE_CONCAT
 from .eliminate_dead_code import PASS as ELIMINATE_DEAD_CODE
 from .fold_affine import PASS as FOLD_AFFINE
 from .fold_batchnorm import PASS as FOLD_BATCHNORM
@@ -23,6 +24,7 @@ PASSES: tuple[Pass, ...] = (
     FUSE_CONV_ACTIVATION,  # after folding: the activation now reads the convolution itself
     FUSE_LINEAR_ACTIVATION,
     MERGE_SIBLINGS,  # after fusion: siblings have their activations with them, and the wide layer has one for all
+    ELIMINATE_CONCAT,  # after merging: the parts of a concat are then pieces of one wide layer
     ELIMINATE_DEAD_CODE,  # what the others left unread
     ALLOCATE_BUFFERS,  # last: who owns which memory is settled when no value comes or goes any more
 )
