@@ -87,7 +87,8 @@ def make_program(
         seconds=seconds,
     )
     kept = (current for current, result in zip(options.passes, run.results, strict=True) if result.status in KEPT)
-    return Program(captured, Guards.of(captured), module, report, tuple(kept))
+    guards = replace(Guards.of(captured), autocast=module.meta.get("autocast", True))
+    return Program(captured, guards, module, report, tuple(kept))
 
 
 def prune_attributes(module: fx.GraphModule) -> None:

@@ -4,7 +4,7 @@
     zeros(...), arange(...)   ->  the constant that it gives        where it takes only literals
 
 Whole subgraphs go at once: weight standardisation, a table of relative positions indexed by a buffer, a reshaped
-LayerScale, a causal mask. The operators are run on the device of their operands, without gradients and without autocast.
+LayerScale, a causal mask. The operators are run on the device of their operands, without gradients and autocast.
 
 Legal when: nothing ever writes to an operand or to the result; the result is not handed out (a factory gives a new
 tensor in each call, and a view is a view of the model's own tensor); the operator is pure, draws nothing, and only
@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ def _run(rewriter: Rewriter) -> None:
             rewriter.decline(node, reason, rule=_RULE, fits=False)
     places = {ir.identity(values[node]): node for node in reversed(values) if node.op == "get_attr"}
     for node in reversed(chosen):
-        _replace(node, values[node], places, rewriter)
+        _replace(node, values, places, rewriter)
 
 
 # -- what is constant ------------------------------------------------------------------------------------------------
@@ -72,14 +73,10 @@ def _values(rewriter: Rewriter) -> dict[fx.Node, Any]:
                 values[node] = held
             else:
                 unfit[node] = f"{node.target} is no constant: {reason}"
-        elif _is_candidate(node) and all(operand in values or operand in unfit for operand in node.all_input_nodes):
-            writer = aliases.writer_of(node)
-            found: Any = next((unfit[operand] for operand in node.all_input_nodes if operand in unfit), None)
-            if found is None and writer is not None:
-                found = f"{writer.name} may write to the result, which is a new tensor in each call"
-            if found is None and node in handed_out:
-                found = "the model hands out the result, which is a new tensor in each call, or a view of its own"
-            found = found or _not_foldable(node) or _run_once(node, values)
+        elif _is_candidate(node, values) and all(n in values or n in unfit for n in node.all_input_nodes):
+            reason = next((unfit[operand] for operand in node.all_input_nodes if operand in unfit), None)
+            reason = reason or _told_apart(node, aliases, handed_out) or _not_foldable(node)
+            found = reason or _run_once(node, values)
             if isinstance(found, str):
                 rewriter.decline(node, found, rule=_RULE)
             else:
@@ -87,8 +84,22 @@ def _values(rewriter: Rewriter) -> dict[fx.Node, Any]:
     return values
 
 
-def _is_candidate(node: fx.Node) -> bool:
-    return node.op == "call_function" and (ir.schema(node.target) is not None or node.target is operator.getitem)
+def _told_apart(node: fx.Node, aliases: effects.Aliases, handed_out: set[fx.Node]) -> str | None:
+    """How somebody could tell one tensor for all calls from a new one in each, or from a view of the model's own."""
+    writer = aliases.writer_of(node)
+    if writer is not None:
+        return f"{writer.name} may write to the result, which is a new tensor in each call"
+    if node in handed_out:
+        return "the model hands out the result, which is a new tensor in each call, or a view of the model's own"
+    return None
+
+
+def _is_candidate(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
+    """Whether a node is a call of an operator, or one of several results of a constant one."""
+    if node.target is operator.getitem:
+        source, place = node.args
+        return isinstance(source, fx.Node) and isinstance(values.get(source), (list, tuple)) and type(place) is int
+    return node.op == "call_function" and ir.schema(node.target) is not None
 
 
 def _not_plain(held: torch.Tensor) -> str | None:
@@ -141,12 +152,25 @@ def _run_once(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     return _unlike(node, found) or found
 
 
-def _inferred(target: Any, args: Any, kwargs: Any) -> Any:
+def _inferred(target: Any, args: Any, kwargs: Any, autocast: torch.dtype | None = None) -> Any:
     """What a call gives, without the numbers."""
     mode = FakeTensorMode()
     args, kwargs = pytree.tree_map_only(torch.Tensor, mode.from_tensor, (args, kwargs))
-    with mode, torch.no_grad():
+    with _plainly(autocast), mode:
         return target(*args, **kwargs)
+
+
+def _obeys_autocast(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
+    """Whether a node gives another dtype where autocast is on."""
+    if node.target is operator.getitem:
+        return False
+    args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+    kinds = [leaf.dtype for leaf in pytree.tree_leaves(values[node])]
+    for autocast in (torch.bfloat16, torch.float16):
+        under = _inferred(node.target, args, kwargs, autocast)
+        if [leaf.dtype for leaf in pytree.tree_leaves(under)] != kinds:
+            return True
+    return False
 
 
 def _bytes(found: Any) -> int:
@@ -158,15 +182,17 @@ def _is_tensor(found: Any) -> bool:
 
 
 @contextmanager
-def _plainly() -> Iterator[None]:
-    """No gradients, no autocast, and no inference tensors, which autograd could not use later."""
-    with torch.inference_mode(False), torch.no_grad():
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            yield
+def _plainly(autocast: torch.dtype | None = None) -> Iterator[None]:
+    """No gradients, no inference tensors, which autograd could not use later, and no autocast unless to a dtype."""
+    with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
+        for kind in ("cpu", "cuda"):
+            on = autocast is not None and (kind == "cpu" or torch.cuda.is_available())
+            stack.enter_context(torch.autocast(kind, autocast, enabled=on, cache_enabled=False))
+        yield
 
 
 def _unlike(node: fx.Node, found: Any) -> str | None:
-    """How what a node gave differs from a plain tensor (or several), and from what was inferred; None where it does not."""
+    """How what a node gave is no plain tensor (or several), or not what was inferred; None where it is both."""
     known = pytree.tree_leaves(ir.value(node))
     for index, leaf in enumerate(pytree.tree_leaves(found)):
         if not _is_tensor(leaf):
@@ -202,13 +228,17 @@ def _not_kept(node: fx.Node, values: dict[fx.Node, Any]) -> str | None:
 def _in_order(held: torch.Tensor) -> bool:
     """Whether strides fall from dimension to dimension: neither permuted nor expanded."""
     strides = [stride for stride, size in zip(held.stride(), held.shape, strict=True) if size > 1]
-    return all(left >= right for left, right in zip(strides, strides[1:], strict=False)) and 0 not in strides
+    return all(left >= right for left, right in pairwise(strides)) and 0 not in strides
 
 
-def _replace(node: fx.Node, held: torch.Tensor, places: dict[Any, fx.Node], rewriter: Rewriter) -> None:
+def _replace(node: fx.Node, values: dict[fx.Node, Any], places: dict[Any, fx.Node], rewriter: Rewriter) -> None:
     """Lets every reader of a node read the constant: the attribute that is this very tensor, or a new one."""
+    held: torch.Tensor = values[node]
     twin = places.get(ir.identity(held))
     inside = _inside(node)
+    steps = [step for step in inside if step.op != "get_attr"]
+    if any(_obeys_autocast(step, values) for step in (*steps, node)):
+        rewriter.assume_no_autocast()
     name = next((str(step.target) for step in inside if step.op == "get_attr"), node.name)
 
     def build() -> fx.Node:
@@ -217,11 +247,12 @@ def _replace(node: fx.Node, held: torch.Tensor, places: dict[Any, fx.Node], rewr
         kept = held if twin is None else held.clone()  # an attribute is one name of one tensor
         return rewriter.constant(kept, f"{name.removesuffix('_folded')}_folded", keep_strides=True)
 
-    outcome = rewriter.substitute(node, build, rule=_RULE, nodes=[step for step in inside if step.op != "get_attr"])
+    outcome = rewriter.substitute(node, build, rule=_RULE, nodes=steps)
     if isinstance(outcome, NoMatch):
         rewriter.decline(node, outcome.reason, rule=_RULE)
     else:
         places.setdefault(ir.identity(held), outcome)
+        values[outcome] = held
 
 
 def _inside(node: fx.Node) -> list[fx.Node]:
