@@ -8,6 +8,7 @@ from __future__ import annotations
 from fxopt import Pass
 
 from .drop_identities import PASS as DROP_IDENTITIES
+from .eliminate_common_subexpressions import PASS as ELIMINATE_COMMON_SUBEXPRESSIONS
 from .eliminate_dead_code import PASS as ELIMINATE_DEAD_CODE
 from .fold_affine import PASS as FOLD_AFFINE
 from .fold_batchnorm import PASS as FOLD_BATCHNORM
@@ -17,6 +18,7 @@ from .fuse_linear_activation import PASS as FUSE_LINEAR_ACTIVATION
 
 PASSES: tuple[Pass, ...] = (
     DROP_IDENTITIES,  # first: a dropout between two layers hides them from every pattern
+    ELIMINATE_COMMON_SUBEXPRESSIONS,  # early: a ReLU that is computed twice gives a layer two readers, which folds refuse
     FOLD_CONSTANTS,  # before what asks for constants: a standardised weight, a reshaped scale become one
     FOLD_AFFINE,  # before norms are folded: a constant between a layer and its norm keeps them apart
     FOLD_BATCHNORM,  # before fusion: a norm stands between a convolution and its activation

@@ -18,8 +18,8 @@ def is_known(target: Any) -> bool:
     return isinstance(target, OpOverload) and target.namespace in _NAMESPACES
 
 
-def is_uninitialised(target: Any) -> bool:
-    """Whether an operator gives memory as it is, for somebody else to fill."""
+def owns_memory(target: Any) -> bool:
+    """Whether an operator gives memory of its own for others to fill: no two of its results are the same."""
     return isinstance(target, OpOverload) and target._opname.startswith(("empty", "new_empty"))
 
 

@@ -127,7 +127,7 @@ def _not_foldable(node: fx.Node) -> str | None:
     found = effects.of(node)
     if not found.pure:
         return "it draws random numbers" if found.random else "it is there for what it does beside its result"
-    if _sharing.is_uninitialised(target):
+    if _sharing.owns_memory(target):
         return "it gives memory as it is"
     if not all(str(result.type) in ("Tensor", "List[Tensor]") for result in target._schema.returns):
         return "it gives no tensor"
