@@ -335,6 +335,8 @@ def problems(draw: Any) -> tuple[Body, tuple[int, ...], bool]:
 
     count = draw(st.booleans())
     fits = kind == "conv" or all(p + o <= k // 2 for p, o, k in zip(pads, own, kernel, strict=True))
+    if kind == "average" and spatial == 3:
+        fits = fits and all(s >= k for s, k in zip(size, kernel, strict=True))
     return (body, weight), (2, 3, *size), fits  # type: ignore[return-value]
 
 
