@@ -91,7 +91,8 @@ def make_program(
     )
     lost = {result.name for result in run.results if result.status not in KEPT}
     kept = only(options.passes, lambda current: current.name not in lost)
-    return Program(captured, Guards.of(captured), module, report, kept)
+    guards = replace(Guards.of(captured), autocast=module.meta.get("autocast", True))
+    return Program(captured, guards, module, report, kept)
 
 
 def prune_attributes(module: fx.GraphModule) -> None:

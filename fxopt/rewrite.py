@@ -168,16 +168,22 @@ class Rewriter:
         node.meta["val"] = value
         return node
 
-    def constant(self, value: torch.Tensor, name: str) -> fx.Node:
-        """A new constant tensor of the module, under `name` or a name like it, as a node."""
+    def constant(self, value: torch.Tensor, name: str, *, keep_strides: bool = False) -> fx.Node:
+        """A new constant tensor of the module, under `name` or a name like it, as a node; contiguous unless
+        `keep_strides`, which keeps its memory, too."""
         assert self._point is not None, "nodes are built inside a rewrite"
-        kept: torch.Tensor = value.detach().contiguous()
+        kept: torch.Tensor = value.detach() if keep_strides else value.detach().contiguous()
         if kept.is_floating_point():
             kept = torch.nn.Parameter(kept, requires_grad=False)
         path = self.editor.add_tensor(name, kept)
         return self.editor.insert(
             "get_attr", path, before=self._point, origin=self._origin, name=path.replace(".", "_")
         )
+
+    def assume_no_autocast(self) -> None:
+        """Says that the graph stands for the model only where autocast is off: calls under it get a capture of their
+        own."""
+        self.module.meta["autocast"] = False
 
     # -- one rewrite -------------------------------------------------------------------------------------------------
 

@@ -10,15 +10,21 @@ from fxopt import Pass
 from .allocate_buffers import PASS as ALLOCATE_BUFFERS
 from .drop_identities import PASS as DROP_IDENTITIES
 from .eliminate_concat import PASS as ELIMINATE_CONCAT
+from .eliminate_common_subexpressions import PASS as ELIMINATE_COMMON_SUBEXPRESSIONS
 from .eliminate_dead_code import PASS as ELIMINATE_DEAD_CODE
 from .fold_affine import PASS as FOLD_AFFINE
 from .fold_batchnorm import PASS as FOLD_BATCHNORM
+from .fold_constants import PASS as FOLD_CONSTANTS
+from .fold_padding import PASS as FOLD_PADDING
 from .fuse_conv_activation import PASS as FUSE_CONV_ACTIVATION
 from .fuse_linear_activation import PASS as FUSE_LINEAR_ACTIVATION
 from .merge_siblings import PASS as MERGE_SIBLINGS
 
 PASSES: tuple[Pass, ...] = (
     DROP_IDENTITIES,  # first: a dropout between two layers hides them from every pattern
+    ELIMINATE_COMMON_SUBEXPRESSIONS,  # early: a ReLU that is computed twice makes two readers of a layer
+    FOLD_CONSTANTS,  # before what asks for constants: a standardised weight, a reshaped scale become one
+    FOLD_PADDING,  # before other folds: padding between a norm and a convolution keeps them apart
     FOLD_AFFINE,  # before norms are folded: a constant between a layer and its norm keeps them apart
     FOLD_BATCHNORM,  # before fusion: a norm stands between a convolution and its activation
     FUSE_CONV_ACTIVATION,  # after folding: the activation now reads the convolution itself
