@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from fxopt import Pass
 
+from .cancel_transposes import PASS as CANCEL_TRANSPOSES
 from .drop_identities import PASS as DROP_IDENTITIES
 from .eliminate_dead_code import PASS as ELIMINATE_DEAD_CODE
 from .fold_affine import PASS as FOLD_AFFINE
@@ -18,6 +19,7 @@ from .simplify_shapes import PASS as SIMPLIFY_SHAPES
 PASSES: tuple[Pass, ...] = (
     DROP_IDENTITIES,  # first: a dropout between two layers hides them from every pattern
     SIMPLIFY_SHAPES,  # early: two moves in a row hide from a pattern what one would show
+    CANCEL_TRANSPOSES,  # behind shapes: a reshape that does nothing keeps two transposes apart
     FOLD_AFFINE,  # before norms are folded: a constant between a layer and its norm keeps them apart
     FOLD_BATCHNORM,  # before fusion: a norm stands between a convolution and its activation
     FUSE_CONV_ACTIVATION,  # after folding: the activation now reads the convolution itself

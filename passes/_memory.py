@@ -56,6 +56,18 @@ def is_contiguous(value: torch.Tensor) -> bool:
     return True
 
 
+def is_dense(value: torch.Tensor) -> bool:
+    """Whether a value provably fills its memory without gaps and without overlap, in whatever order."""
+    left = [pair for pair in zip(value.shape, value.stride(), strict=True) if ir.static(pair[0]) != 1]
+    expected: int | torch.SymInt = 1
+    while left:
+        found = [place for place, (_, stride) in enumerate(left) if ir.same_sizes((stride,), (expected,))]
+        if not found:
+            return False
+        expected = expected * left.pop(found[0])[0]
+    return True
+
+
 def told_from_the_very_tensor(node: fx.Node, rewriter: Rewriter) -> str | None:
     """How somebody could tell a view from the very tensor that it views: by handing it out, or by changing the shape of
     either in place (`unsqueeze_`)."""

@@ -140,8 +140,8 @@ def _back_to_shape(node: fx.Node) -> Step | NoMatch | None:
         return _unknown("whether the shape and strides come back", node)
     if not ir.same_sizes(before.shape, after.shape):
         return None
-    views = {node.target, inner.target} <= set(_ROW_MAJOR_VIEWS) or _memory.is_contiguous(before)
-    return _open_squeeze((node, inner)) or Step(source, (inner,), lambda _: source, "same" if views else "changes")
+    # Where one of the two copies, the strides come back only if there was nothing to copy.
+    return _open_squeeze((node, inner)) or Step(source, (inner,), lambda _: source, "same")
 
 
 def _squeeze_nothing(node: fx.Node) -> Step | NoMatch | None:

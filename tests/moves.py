@@ -1,4 +1,4 @@
-"""Random programs of moves: reshapes, views, parts, copies, concatenations, a write now and then; and how to run them."""
+"""Random programs of moves (reshapes, views, parts, copies, a write now and then), and how to run them."""
 
 from __future__ import annotations
 
@@ -41,10 +41,19 @@ MOVES: dict[str, Callable[..., torch.Tensor]] = {
     "cat two": lambda x, dim: torch.cat((torch.neg(x), x), dim),
     "stack one": lambda x, dim: torch.stack((x,), dim),
     "relu": lambda x: torch.relu(x),
+    "sigmoid": lambda x: torch.sigmoid(x),
     "sum": lambda x: x + torch.neg(x),
     "write": lambda x: x.add_(1),
 }
 _WITH_DIM = ("unsqueeze", "squeeze", "transpose", "select", "narrow", "slice", "split", "chunk")
+
+
+def special(*shape: int) -> torch.Tensor:
+    """Random numbers, and among them all that an operation could lose."""
+    found = torch.randn(shape)
+    odd = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 0.0, 1e-40])
+    found.view(-1)[: len(odd)] = odd
+    return found
 
 
 class Moves(nn.Module):
@@ -95,8 +104,7 @@ def _numbers(draw: Any, name: str, shape: Sequence[int]) -> tuple[Any, ...]:
         case "select":
             return dim, draw(st.integers(-size, size - 1))
         case "expand":
-            sizes = [draw(st.sampled_from([1, 2, 3])) if size == 1 else draw(st.sampled_from([-1, size])) for size in shape]
-            return tuple(sizes)
+            return tuple(draw(st.sampled_from([1, 2, 3] if size == 1 else [-1, size])) for size in shape)
         case "split" | "chunk":
             return draw(st.integers(1, size + 1)), dim, draw(st.sampled_from([0, -1]))
         case "cat two":
@@ -141,8 +149,10 @@ def captured(program: Program, x: torch.Tensor) -> fx.GraphModule:
 
 
 def rewritten(module: fx.GraphModule, names: Sequence[str]) -> Run:
-    """Runs some passes over a module."""
-    return PassManager(tuple(plugins.named(name) for name in names), strict=True).run(module)
+    """Runs some passes over a module; "default" stands for the default pipeline."""
+    default = plugins.default_pipeline()
+    passes = [current for name in names for current in (default if name == "default" else [plugins.named(name)])]
+    return PassManager(tuple(passes), strict=True).run(module)
 
 
 def check_same(module: fx.GraphModule, program: Program, x: torch.Tensor) -> None:

@@ -22,7 +22,7 @@ from graphs import (
     fired,
     operations,
 )
-from moves import Program, captured, check_same, programs, rewritten
+from moves import Program, captured, check_same, programs, rewritten, special
 
 PASSES = ("simplify-shapes",)
 SHAPE = (2, 4, 6, 3)
@@ -33,14 +33,6 @@ aten = torch.ops.aten
 RESHAPE, BACK, NOTHING = "reshape-of-reshape", "back-to-shape", "squeeze-nothing"
 PART, CONCAT, PIECE, ONE = "part-of-part", "part-of-concat", "one-piece", "concat-of-one"
 EXPAND, CONTIGUOUS = "expand-of-expand", "contiguous-of-contiguous"
-
-
-def special(*shape: int) -> torch.Tensor:
-    """Random numbers, and among them all that an operation could lose."""
-    found = torch.randn(shape)
-    odd = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 0.0, 1e-40])
-    found.view(-1)[: len(odd)] = odd
-    return found
 
 
 def within(body: Body) -> nn.Module:
@@ -65,7 +57,7 @@ REWRITES: list[tuple[str, Body, list[str], dict[str, int]]] = [
     ("unsqueeze of reshape", lambda m, x: x.reshape(-1, 8, 9).unsqueeze(2), [RESHAPE], {"reshape": 1}),
     ("reshape of squeeze", lambda m, x: x[:, :1].squeeze(1).reshape(-1, 2, 9), [RESHAPE], {"reshape": 1, "slice": 1}),
     ("squeeze of flatten", lambda m, x: x[:, :1].flatten(2).squeeze(1), [RESHAPE], {"reshape": 1, "slice": 1}),
-    ("four reshapes", lambda m, x: x.flatten(1).view(-1, 8, 9).flatten(1).view(-1, 9, 8), [RESHAPE] * 3, {"reshape": 1}),
+    ("four of them", lambda m, x: x.flatten(1).view(-1, 8, 9).flatten(1).view(-1, 9, 8), [RESHAPE] * 3, {"reshape": 1}),
     (
         "reshape of a copy in another order",
         lambda m, x: x.transpose(1, 2).contiguous().view(-1, 24, 3),
