@@ -8,6 +8,7 @@ from __future__ import annotations
 from fxopt import Pass
 
 from .allocate_buffers import PASS as ALLOCATE_BUFFERS
+from .cancel_transposes import PASS as CANCEL_TRANSPOSES
 from .drop_identities import PASS as DROP_IDENTITIES
 from .eliminate_concat import PASS as ELIMINATE_CONCAT
 from .eliminate_common_subexpressions import PASS as ELIMINATE_COMMON_SUBEXPRESSIONS
@@ -25,6 +26,12 @@ PASSES: tuple[Pass, ...] = (
     ELIMINATE_COMMON_SUBEXPRESSIONS,  # early: a ReLU that is computed twice makes two readers of a layer
     FOLD_CONSTANTS,  # before what asks for constants: a standardised weight, a reshaped scale become one
     FOLD_PADDING,  # before other folds: padding between a norm and a convolution keeps them apart
+from .simplify_shapes import PASS as SIMPLIFY_SHAPES
+
+PASSES: tuple[Pass, ...] = (
+    DROP_IDENTITIES,  # first: a dropout between two layers hides them from every pattern
+    SIMPLIFY_SHAPES,  # early: two moves in a row hide from a pattern what one would show
+    CANCEL_TRANSPOSES,  # behind shapes: a reshape that does nothing keeps two transposes apart
     FOLD_AFFINE,  # before norms are folded: a constant between a layer and its norm keeps them apart
     FOLD_BATCHNORM,  # before fusion: a norm stands between a convolution and its activation
     FUSE_CONV_ACTIVATION,  # after folding: the activation now reads the convolution itself
