@@ -73,7 +73,11 @@ def calls(module: fx.GraphModule) -> list[str]:
         ),
         pytest.param([lambda m, x: torch.cat([x, x], 1), lambda m, x: torch.concat((x, x), dim=1),
                       lambda m, x: torch.concatenate([x, x], dim=1)], "cat.default", id="cat"),
-        pytest.param([lambda m, x: x.clamp(0, 1), lambda m, x: torch.clip(x, 0, 1)], "clamp.default", id="clamp"),
+        pytest.param(
+            [lambda m, x: x.clamp(0, 1), lambda m, x: torch.clip(x, 0, 1), lambda m, x: torch.clamp_min(x, 0),
+             lambda m, x: x.clamp_max(1), lambda m, x: torch.clamp_max(x, max=1), lambda m, x: (x * 2).clamp_min_(0)],
+            "clamp.default", id="clamp",
+        ),
         pytest.param(
             [lambda m, x: F.softmax(x, -1), lambda m, x: x.softmax(-1), lambda m, x: torch.softmax(x, dim=-1)],
             "softmax.int", id="softmax",
