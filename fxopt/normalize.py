@@ -60,6 +60,9 @@ _SECOND_NAMES = {
     aten.negative.default: aten.neg.default,
     aten.absolute.default: aten.abs.default,
     aten.clip.default: aten.clamp.default,
+    aten.special_erf.default: aten.erf.default,
+    aten.special_expit.default: aten.sigmoid.default,
+    aten.special_log1p.default: aten.log1p.default,
 }
 
 
