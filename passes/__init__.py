@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from fxopt import Pass
 
+from .cancel_casts import PASS as CANCEL_CASTS
 from .drop_identities import PASS as DROP_IDENTITIES
 from .eliminate_dead_code import PASS as ELIMINATE_DEAD_CODE
 from .fold_affine import PASS as FOLD_AFFINE
@@ -18,6 +19,7 @@ from .simplify_activations import PASS as SIMPLIFY_ACTIVATIONS
 
 PASSES: tuple[Pass, ...] = (
     DROP_IDENTITIES,  # first: a dropout between two layers hides them from every pattern
+    CANCEL_CASTS,  # so does a cast that is taken back
     SIMPLIFY_ACTIVATIONS,  # before fusion, which takes one activation behind a layer
     RECOGNISE_ACTIVATIONS,  # before constants fold: the 3 and 6 of a hardswish would move into the layers beside it
     FOLD_AFFINE,  # before norms are folded: a constant between a layer and its norm keeps them apart

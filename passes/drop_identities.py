@@ -22,6 +22,8 @@ from torch import fx
 
 from fxopt import UNKNOWN, NoMatch, Pass, Rewriter, effects, ir
 
+from ._observable import observable_copy
+
 aten = torch.ops.aten
 
 #: These give back the very tensor that they were given.
@@ -142,7 +144,7 @@ def _observable(node: fx.Node, source: fx.Node, rewriter: Rewriter) -> str | Non
         return "it changes the strides"
     if node.target in _VIEWS:
         return _observable_view(node)
-    return _observable_copy(node, source, rewriter) if node.target in _FRESH else None
+    return observable_copy(node, source, rewriter) if node.target in _FRESH else None
 
 
 def _observable_view(node: fx.Node) -> str | None:
@@ -153,22 +155,6 @@ def _observable_view(node: fx.Node) -> str | None:
             return "the model hands out the view, which must stay another tensor than its input"
         if node in effects.of(user).writes:
             return f"{user.name} changes the view in place"
-    return None
-
-
-def _observable_copy(node: fx.Node, source: fx.Node, rewriter: Rewriter) -> str | None:
-    """How somebody could tell a copy from what it copies: by handing it out, by a write to either, by looking at the
-    memory behind it."""
-    aliases = rewriter.aliases
-    root = aliases.root(node)
-    if root in {aliases.root(result) for result in rewriter.graph.output_node().all_input_nodes}:
-        return "the model hands out the copy, which must stay distinct from its input"
-    written = aliases.written_after(source, (source, node))
-    if written is not None:
-        return f"{written.name} may write to the copy or to its input"
-    for reader in rewriter.graph.find_nodes(op="call_function", target=aten.as_strided.default):
-        if aliases.root(reader) is root:
-            return f"{reader.name} looks at the memory behind the copy"
     return None
 
 

@@ -88,6 +88,8 @@ def calls(module: fx.GraphModule) -> list[str]:
         pytest.param([lambda m, x: x.abs().log1p(), lambda m, x: torch.special.log1p(x.abs())], "log1p.default",
                      id="log1p"),
         pytest.param([lambda m, x: F.max_pool2d(x, 2), lambda m, x: m.pool(x)], "max_pool2d.default", id="max pool"),
+        pytest.param([lambda m, x: x.to(torch.int16), lambda m, x: x.short(), lambda m, x: x.type(torch.int16)],
+                     "to.dtype", id="a cast"),
         pytest.param([lambda m, x: x.mean((2, 3)), lambda m, x: torch.mean(x, dim=[2, 3])], "mean.dim", id="mean"),
     ],
 )  # fmt: skip
