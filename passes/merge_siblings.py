@@ -36,7 +36,8 @@ def _run(rewriter: Rewriter) -> None:
     # Inputs first: what a slice of a wide layer is read by has not been looked at yet, and stands behind it.
     source = next(iter(rewriter.graph.nodes))
     while source.op != "output":
-        readers = sorted(user for user in source.users if user.target in _siblings.LAYERS)
+        layers = (user for user in source.users if user.target in _siblings.LAYERS)
+        readers = sorted(user for user in layers if ir.argument(user, "input") is source)
         if len(readers) > 1:
             _merge_readers(rewriter, source, readers)
         source = source.next
