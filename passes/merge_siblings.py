@@ -142,13 +142,12 @@ def _followers(nodes: Sequence[fx.Node]) -> list[list[fx.Node]]:
             break
         same = all(
             user.target is first.target
-            and user.args[:1] == (node,)
             and len(user.all_input_nodes) == 1
             and ir.same_literal(user.args[1:], first.args[1:])
             and ir.same_literal(sorted(user.kwargs.items()), sorted(first.kwargs.items()))
-            for user, node in zip(step, nodes, strict=True)
+            for user in step
         )
-        if not same or len(set(step)) != len(step) or not all(effects.of(user).pure for user in step):
+        if not same or not all(effects.of(user).pure for user in step):
             break
         steps.append(step)
         nodes = step

@@ -140,6 +140,54 @@ MERGES: list[Any] = [
         id="steps that no layer takes, and that all have",
     ),
     pytest.param(
+        lambda m, x: torch.abs(m.a(x)).sum(1) + torch.neg(m.b(x)).sum(1),
+        {"a": conv(4), "b": conv(4)},
+        IMAGE,
+        ALONE,
+        {"conv2d": 1, "slice": 2, "abs": 1, "neg": 1, "sum": 2, "add": 1},
+        id="two steps behind them",
+    ),
+    pytest.param(
+        lambda m, x: F.hardshrink(m.a(x), 0.25).sum(1) + F.hardshrink(m.b(x), 0.5).sum(1),
+        {"a": conv(4), "b": conv(4)},
+        IMAGE,
+        ALONE,
+        {"conv2d": 1, "slice": 2, "hardshrink": 2, "sum": 2, "add": 1},
+        id="one step with two numbers",
+    ),
+    pytest.param(
+        lambda m, x: torch.add(m.a(x), 0.5).sum(1) + torch.add(m.b(x), 0.5, alpha=2).sum(1),
+        {"a": conv(4), "b": conv(4)},
+        IMAGE,
+        ALONE,
+        {"conv2d": 1, "slice": 2, "add": 3, "sum": 2},
+        id="one step with two alphas",
+    ),
+    pytest.param(
+        lambda m, x: (m.a(x) + x).sum(1) + (m.b(x) + x).sum(1),
+        {"a": conv(4), "b": conv(4)},
+        IMAGE,
+        ALONE,
+        {"conv2d": 1, "slice": 2, "add": 3, "sum": 2},
+        id="a step of two operands",
+    ),
+    pytest.param(
+        lambda m, x: F.hardshrink(m.a(x).relu()).sum(1) + F.hardshrink(m.b(x)).sum(1),
+        {"a": conv(4), "b": conv(4)},
+        IMAGE,
+        FUSED,
+        {"conv2d": 1, "slice": 2, "relu": 1, "hardshrink": 2, "sum": 2, "add": 1},
+        id="a step behind two activations",
+    ),
+    pytest.param(
+        lambda m, x: [f(y) for y in (m.a(x), m.b(x)) for f in (lambda y: F.hardshrink(y).sum(1), lambda y: y.sum(1))],
+        {"a": conv(3), "b": conv(5)},
+        IMAGE,
+        ALONE,
+        {"conv2d": 1, "slice": 2, "hardshrink": 2, "sum": 4},
+        id="a step that is not the only reader",
+    ),
+    pytest.param(
         lambda m, x: m.a(x).relu() * m.b(x),
         {"a": linear(5), "b": linear(5)},
         ROWS,
@@ -265,6 +313,44 @@ def test_a_merged_layer_comes_from_all_of_its_siblings() -> None:
     assert {origin.module for origin in ir.origins(only(compiled.fused_graph, "conv2d"))} == {"a", "b"}
     assert "merge-siblings (convolutions): conv2d" in str(compiled.explain("b"))
     assert {name for name, _ in compiled.named_parameters()} == {"a.weight_merged", "a.bias_merged"}
+
+
+def test_what_became_of_one_sibling_is_its_own_slice() -> None:
+    compiled = compiled_by(ALONE, exact(Network(joined, a=conv(3), b=conv(5))), (dyadic(*IMAGE),), "export")
+    (rewrite,) = compiled.report.rewrites
+    (first, one), (second, other) = rewrite.replaced
+    assert [line.split(" = ")[0] for line in compiled.explain(first).after] == [one]
+    assert [line.split(" = ")[0] for line in compiled.explain(second).after] == [other]
+
+
+class Encoder(nn.Module):
+    """A transformer's layer, as BERT and LLaMA spell its parts."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.gate, self.up, self.down = nn.Linear(width, 32), nn.Linear(width, 32), nn.Linear(32, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (batch, words, width)."""
+        heads = [part(x).view(*x.shape[:2], 4, -1).transpose(1, 2) for part in (self.q, self.k, self.v)]
+        seen = F.scaled_dot_product_attention(*heads).transpose(1, 2).reshape(x.shape)
+        x = self.norm1(x + self.o(seen))
+        return self.norm2(x + self.down(F.silu(self.gate(x)) * self.up(x)))
+
+
+@both
+def test_an_encoder_has_two_wide_layers_for_any_batch(front_end: str) -> None:
+    model = Encoder().eval()
+    compiled = compiled_by(("default",), model, (torch.randn(2, 5, 16),), front_end)
+    found = operations(compiled.fused_graph)
+    assert found["linear"] + found["fxopt.linear"] == 4
+    assert fired(compiled).count(LINEARS) == 2
+    with torch.no_grad():
+        for batch in (1, 2, 7):
+            x = torch.randn(batch, 5, 16)
+            assert relative_error(model(x), compiled(x)) < 5e-6
 
 
 def test_a_shared_weight_is_not_changed() -> None:
