@@ -4,6 +4,7 @@
 #   make test    ruff, mypy, pytest                     make test JOBS=4 PYTEST_ARGS='-k fold'
 #   make demo    the tour: docs/demo.py
 #   make sweep   every model of the zoo: tests/sweep.py
+#   make catalogue   what the passes leave of well-known models: tests/catalogue.py
 #   make clean   what tools left behind; .venv stays
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup test demo sweep clean
+.PHONY: setup test demo sweep catalogue clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -41,6 +42,9 @@ demo: $(STAMP)
 
 sweep: $(STAMP)
 	$(BIN)/python tests/sweep.py
+
+catalogue: $(STAMP)
+	$(BIN)/python tests/catalogue.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,6 +1,6 @@
 """fxopt: a graph-rewriting compiler on torch.fx that shows, proves and explains what it does."""
 
-from fxopt import effects, ir, ops
+from fxopt import cost, effects, ir, ops
 from fxopt.compiler import FxoptNotice, compile, trace
 from fxopt.errors import (
     CaptureError,
@@ -50,6 +50,7 @@ __all__ = [
     "call",
     "compile",
     "const",
+    "cost",
     "diff",
     "effects",
     "ir",

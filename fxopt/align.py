@@ -81,7 +81,7 @@ class _Ledger:
 
     def follow(self, index: int, rewrite: Rewrite) -> None:
         """Takes one rewrite into account."""
-        root = self._find(rewrite.root)
+        roots = [self._find(root) for root, _ in rewrite.replaced]
         gone = [self._find(name) for name in rewrite.removed]
         for name in rewrite.removed:
             self.living.pop(name, None)
@@ -92,8 +92,9 @@ class _Ledger:
             self.changed.nodes[number].setdefault("steps", []).append(index)
         for other in touched[1:]:
             self.changed.add_edge(touched[0], other)
-        if rewrite.result and (result := self._find(rewrite.result)) != root:
-            self.read_as.add_edge(root, result)
+        for root, (_, name) in zip(roots, rewrite.replaced, strict=True):
+            if name and (result := self._find(name)) != root:
+                self.read_as.add_edge(root, result)
 
 
 def by_record(before: fx.GraphModule, after: fx.GraphModule, rewrites: Sequence[Rewrite]) -> Alignment:

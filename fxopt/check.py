@@ -14,7 +14,7 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from fxopt import effects, ir, normalize
+from fxopt import buffers, effects, ir, normalize
 from fxopt.errors import CheckError
 
 Problem = tuple[fx.Node | None, str]
@@ -156,6 +156,7 @@ CHECKS: tuple[Check, ...] = (
     Check("one-name", "one tensor has one name", _one_name),
     Check("functional", "what can be pure is pure", _functional, of_captures=True),
     Check("values", "every value is known once shapes are", _values),
+    Check("buffers", "a part is written in place only where nobody can tell", buffers.problems),
     Check("origins", "every operation says where it came from", _origins),
     Check("inference", "opaque modules are in eval mode", _training),
 )

@@ -48,11 +48,16 @@ class _ShapeType(click.ParamType[Shape]):
             self.fail(f"{error.message}: {error.hint}", param, ctx)
 
 
-class _NamesType(click.ParamType[tuple[str, ...]]):
-    name = "a,b"
+class _NamesType(click.ParamType[tuple[str | tuple[str, ...], ...]]):
+    """Names of passes: `a,b+c,d` is a, then b and c in turns until neither rewrites, then d."""
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        return value if isinstance(value, tuple) else tuple(part.strip() for part in value.split(",") if part.strip())
+    name = "a,b+c"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
+        if isinstance(value, tuple):
+            return value
+        steps = [tuple(filter(None, map(str.strip, part.split("+")))) for part in value.split(",")]
+        return tuple(step[0] if len(step) == 1 else step for step in steps if step)
 
 
 class _SavedType(click.ParamType[Path]):
@@ -78,7 +83,7 @@ class Request:
     picture: str | None
     seed: int
     randomize_norms: bool | None
-    passes: tuple[str, ...] | None
+    passes: tuple[str | tuple[str, ...], ...] | None
     disable: tuple[tuple[str, ...], ...]
     backend: str
     numerics: str
@@ -105,7 +110,10 @@ _COMPILING = (
         help="Give batch norms that never saw data random statistics, so that folding has something to do. "
         "Done by itself for models of installed packages, not for files.",
     ),
-    click.option("--passes", type=_NamesType(), default=None, help="These passes in this order, not the default ones."),
+    click.option(
+        "--passes", type=_NamesType(), default=None,
+        help="These passes in this order, not the default ones; a+b are repeated until neither rewrites.",
+    ),
     click.option("--disable", type=_NamesType(), multiple=True, help="Leave these passes out. May be repeated."),
     click.option("--backend", default="auto", show_default=True, help="auto, or the name of one (see doctor)."),
     click.option(

@@ -12,39 +12,42 @@ from torch import fx
 from fxopt import plugins
 from fxopt.capture import Inputs, capture_export, capture_symbolic, private_copy
 from fxopt.errors import CaptureError, UsageError
-from fxopt.pipeline import Progress
+from fxopt.pipeline import Progress, Step, flat, only
 from fxopt.program import Options
 from fxopt.rewrite import Numerics, Pass
 from fxopt.runtime import CompiledModule
 from fxopt.session import Session
 from fxopt.state import privatise
 
-#: How passes are named: "default", or names ("default" among them) and Pass objects in the order in which they run.
-Passes = str | Iterable[str | Pass]
+#: How passes are named: "default", or names ("default" among them) and Pass objects in the order in which they run. An
+#: inner tuple of them is a group that is repeated until none of its passes rewrites.
+Passes = str | Iterable[str | Pass | tuple[str | Pass, ...]]
 
 
 class FxoptNotice(UserWarning):
     """Something that the caller may want to know, and that is also in the report."""
 
 
-def choose_passes(passes: Passes = "default", disable: Iterable[str] = ()) -> tuple[Pass, ...]:
+def choose_passes(passes: Passes = "default", disable: Iterable[str] = ()) -> tuple[Step, ...]:
     """The pipeline of `passes` without those in `disable`.
 
     Raises UsageError for a name that no pass has.
     """
     entries = (passes,) if isinstance(passes, str) else passes
-    chosen = tuple(current for entry in entries for current in _stretch(entry))
+    chosen = tuple(step for entry in entries for step in _stretch(entry))
     unwanted = {disable} if isinstance(disable, str) else set(disable)
     for name in unwanted:
-        if name not in {current.name for current in chosen}:
+        if name not in {current.name for current in flat(chosen)}:
             plugins.named(name)  # a name that no pass has is a mistake; one that is not chosen is not
-    return tuple(current for current in chosen if current.name not in unwanted)
+    return only(chosen, lambda current: current.name not in unwanted)
 
 
-def _stretch(entry: object) -> tuple[Pass, ...]:
-    """What one entry stands for: a pass, the pass of a name, or the default pipeline."""
+def _stretch(entry: object) -> tuple[Step, ...]:
+    """What one entry stands for: a pass, the pass of a name, the default pipeline, or a group of these."""
     if isinstance(entry, Pass):
         return (entry,)
+    if isinstance(entry, (tuple, list)):
+        return (flat(step for part in entry for step in _stretch(part)),)
     if not isinstance(entry, str):
         raise UsageError(f"{entry!r} is no pass", hint="give a name that fxopt.passes() lists, or a fxopt.Pass")
     return plugins.default_pipeline() if entry == "default" else (plugins.named(entry),)
@@ -70,7 +73,8 @@ def compile(
     with the first dimension open (`dynamic_shapes`: "batch", "all" or None), rewritten, lowered for these inputs, and
     verified on them. Without, the model is traced symbolically and finished at its first call.
 
-    `passes` is "default" or a sequence of names ("default" among them) and Pass objects; `disable` leaves out some.
+    `passes` is "default" or a sequence of names ("default" among them) and Pass objects, where an inner tuple is a
+    group that is repeated until none of its passes rewrites; `disable` leaves out some.
     `backend` is "auto" or the name of one. `numerics` is what is allowed: "bitwise", "reassociate" or "approximate".
     `verify` compares the result with the original on first use; "each" compares after every pass. With `strict` a pass
     that fails or changes the answer raises, instead of being rolled back and named in the report.

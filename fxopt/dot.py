@@ -15,6 +15,7 @@ from typing import Any
 
 import graphviz
 
+from fxopt import cost
 from fxopt.graphdiff import STATUSES, DiffNode, GraphDiff, Status
 
 _LONGEST = 60
@@ -107,6 +108,7 @@ def detail_lines(node: DiffNode) -> list[str]:
     lines += [f"your code: {line_text(line)}" for line in node.lines if ":" in line]
     lines += [f"{name} = {text}" for name, text in node.arguments]
     lines += [f"{entry.argument}: {entry.path} {entry.value}".rstrip() for entry in node.parameters]
+    lines += [work_text(node)] if node.moved else []
     lines += [f"by {name}" + (f" ({rule})" if rule else "") for name, rule in node.by]
     if node.partners and node.status in ("removed", "added"):
         lines.append(("became " if node.status == "removed" else "stands for ") + ", ".join(node.partners))
@@ -114,6 +116,14 @@ def detail_lines(node: DiffNode) -> list[str]:
     lines += [f"left by {name}: {reason}" for name, _, reason in node.declined]
     lines += [f"aligned by {node.evidence}"] if node.evidence not in ("", "record") else []
     return lines
+
+
+def work_text(node: DiffNode) -> str:
+    """What a node computes and moves, by estimate."""
+    parts = [cost.amount(node.flops, "FLOP")] if node.flops else []
+    parts += [f"{cost.amount(node.moved, 'B')} moved"] if node.moved else []
+    parts += [f"{cost.amount(node.copied, 'B')} of them copied"] if node.copied else []
+    return "work: " + ", ".join(parts)
 
 
 def label_lines(node: DiffNode) -> list[str]:

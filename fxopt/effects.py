@@ -22,6 +22,7 @@ _FRESH_COMPOSITES = frozenset(
         *ops.STRING_PADDED_TARGETS,
         ops.convolution,
         ops.linear,
+        ops.buffer,
         aten.linear.default,
         aten.batch_norm.default,
         aten.layer_norm.default,
@@ -167,6 +168,50 @@ def _of_operator(node: fx.Node, target: OpOverload) -> Effects:
 
 def _is_composite(target: OpOverload) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd")
+
+
+#: Operators whose meaning depends on the strides of what they read, or on where in memory it lies.
+STRIDED: frozenset[Any] = frozenset(
+    {aten.as_strided.default, aten.view_as_complex.default, aten.view_as_real.default, aten.view.dtype}
+)
+#: What may be asked of a tensor and does not depend on its strides; other operators that give no tensor may.
+_NUMBERS = frozenset(
+    {
+        aten.sym_size.int,
+        aten.sym_numel.default,
+        aten.item.default,
+        aten._local_scalar_dense.default,
+        aten.equal.default,
+        aten.is_nonzero.default,
+    }
+)
+
+
+def strides_matter(node: fx.Node) -> str | None:
+    """Why the meaning of a node depends on the strides of the values it reads; None where it does not.
+
+    The strides of its own result may: that is for inference to say.
+    """
+    target = node.target
+    if target is operator.getitem:
+        return None
+    if not isinstance(target, OpOverload):
+        return "is opaque and may look at them"
+    if target.namespace not in ("aten", "fxopt"):
+        return f"is an operator of {target.namespace}, which may look at them"
+    if not of(node).pure:
+        return "writes, draws at random, or may raise"  # random numbers are drawn in the order of memory
+    if target in STRIDED:
+        return "reads memory by them"
+    if target not in _NUMBERS and not any("Tensor" in str(found.type) for found in target._schema.returns):
+        return "may ask for them"
+    return None
+
+
+def may_view(node: fx.Node) -> bool:
+    """Whether a node's result is a view of an operand or a copy, as the strides have it (`reshape`, `contiguous`)."""
+    target = node.target
+    return isinstance(target, OpOverload) and bool(of(node).aliases) and _is_composite(target)
 
 
 @dataclass

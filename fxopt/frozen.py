@@ -16,7 +16,6 @@ from torch.fx.experimental.symbolic_shapes import optimization_hint
 from fxopt import ir, plugins
 from fxopt.capture import Captured
 from fxopt.program import Options, Program
-from fxopt.rewrite import Pass
 
 if TYPE_CHECKING:
     from fxopt.session import Session
@@ -94,7 +93,7 @@ def freeze(session: Session) -> dict[str, Any]:
         "original": session.original,
         "name": session.name,
         "options": {
-            "passes": tuple(map(_named, options.passes)),
+            "passes": _named(options.passes),
             "backend": options.backend,
             "numerics": options.numerics,
             "verify": options.verify,
@@ -108,7 +107,7 @@ def freeze(session: Session) -> dict[str, Any]:
                 "module": freeze_graph(program.module),
                 "guards": program.guards,
                 "report": program.report,
-                "passes": tuple(map(_named, program.passes)),
+                "passes": _named(program.passes),
                 "proven": program.proven,
                 "refused": program.refused,
             }
@@ -121,14 +120,19 @@ def freeze(session: Session) -> dict[str, Any]:
     }
 
 
-def _named(current: Pass) -> str | Pass:
-    """A pass by its name where it is installed, else the object itself, which pickles if its functions do."""
-    found = plugins.available().get(current.name)
-    return current.name if found is not None and found.current is current else current
+def _named(held: Any) -> Any:
+    """Passes by their names where they are installed, else the objects, which pickle if their functions do."""
+    if isinstance(held, tuple):
+        return tuple(map(_named, held))
+    found = plugins.available().get(held.name)
+    return held.name if found is not None and found.current is held else held
 
 
-def _passes(held: tuple[str | Pass, ...]) -> tuple[Pass, ...]:
-    return tuple(plugins.named(current) if isinstance(current, str) else current for current in held)
+def _passes(held: Any) -> Any:
+    """The passes that `_named` wrote down, in the same groups."""
+    if isinstance(held, tuple):
+        return tuple(map(_passes, held))
+    return plugins.named(held) if isinstance(held, str) else held
 
 
 def thaw(state: dict[str, Any]) -> Session:

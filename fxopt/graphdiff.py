@@ -10,16 +10,17 @@ import copy
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import fx
 
-from fxopt import ir
+from fxopt import cost, ir
 from fxopt.align import Alignment, Step, by_origin_and_name, by_record
 from fxopt.errors import UsageError
 from fxopt.nodediff import argument_texts, changes, is_size, lines, module_paths, operator_name
+from fxopt.pipeline import both
 
 if TYPE_CHECKING:
     from fxopt.rewrite import Decline
@@ -48,7 +49,8 @@ class DiffNode:
     `arguments` are its literals as (name, text) where they are not the default, `inputs` the nodes that it reads as
     (argument, node), `by` the steps that removed, added or changed it as (pass, rule), `declined` what was not done to
     it, as (pass, rule, reason), `group` the change that it is part of. `compute` says that it is work at run time,
-    `size` that it is arithmetic on sizes, which pictures leave out.
+    `size` that it is arithmetic on sizes, which pictures leave out. `flops`, `moved` and `copied` (bytes) estimate its
+    work; None where that is not known.
     """
 
     name: str
@@ -69,6 +71,9 @@ class DiffNode:
     declined: tuple[tuple[str, str, str], ...]
     compute: bool
     size: bool
+    flops: int | None = None
+    moved: int | None = None
+    copied: int | None = None
 
 
 @dataclass(frozen=True)
@@ -92,13 +97,15 @@ class PassRow:
     nodes_after: int
     numerics: str
     reason: str
+    change: str = ""
 
 
 @dataclass(frozen=True)
 class GraphDiff:
     """A graph before and after, aligned. `save` draws it; `to_dict` has all of it for programs.
 
-    `alignment` counts the pairs of nodes by what they were paired by: "record", "origin", "name" or "place".
+    `alignment` counts the pairs of nodes by what they were paired by: "record", "origin", "name" or "place". `work` has
+    the totals of the estimated work before and after (see fxopt.cost), `estimate` says them in a line.
     """
 
     title: str
@@ -109,6 +116,8 @@ class GraphDiff:
     alignment: dict[str, int]
     notes: tuple[str, ...]
     passes: tuple[PassRow, ...]
+    work: dict[str, Any] = field(default_factory=dict)
+    estimate: str = ""
 
     def counts(self) -> dict[str, int]:
         """How many nodes were removed, added, changed and kept."""
@@ -158,6 +167,8 @@ class GraphDiff:
             dict(plain["alignment"]),
             tuple(plain["notes"]),
             tuple(PassRow(**entry) for entry in plain["passes"]),
+            dict(plain.get("work", {})),
+            plain.get("estimate", ""),
         )
 
     def save(self, path: str | Path) -> Path:
@@ -175,6 +186,7 @@ class GraphDiff:
         counts = ", ".join(f"{count} {status}" for status, count in self.counts().items())
         text = [f"{self.title}, {self.subject}: {before} -> {after} nodes; {counts}"]
         text += [f"  {name}: {old} -> {new}" for name, (old, new) in self.operators().items() if old != new]
+        text += [f"  {self.estimate}"] if self.estimate else []
         return "\n".join([*text, *(f"  note: {note}" for note in self.notes)])
 
 
@@ -229,6 +241,7 @@ def of_compiled(compiled: CompiledModule, pass_name: str | None = None) -> Graph
             result.nodes_after,
             result.numerics,
             result.reason,
+            result.change,
         )
         for result in (*report.passes, *report.lowering)
     ]
@@ -241,6 +254,7 @@ def of_compiled(compiled: CompiledModule, pass_name: str | None = None) -> Graph
         declines=stage.declines,
         passes=tuple(rows),
         notes=stage.notes,
+        totals=(report.work_before, report.work_after) if pass_name is None else (None, None),
     )
 
 
@@ -254,8 +268,9 @@ def assemble(
     declines: Iterable[Decline] = (),
     passes: tuple[PassRow, ...] = (),
     notes: Iterable[str] = (),
+    totals: tuple[cost.Total | None, cost.Total | None] = (None, None),
 ) -> GraphDiff:
-    """The data of a diff, from two aligned graphs."""
+    """The data of a diff, from two aligned graphs; their work is estimated where it is not given as `totals`."""
     declined: dict[str, list[tuple[str, str, str]]] = {}
     for decline in declines:
         reason = f"waits for the first call: {decline.reason}" if decline.pending else decline.reason
@@ -283,6 +298,7 @@ def assemble(
         number = group_of[side].get(node.name)
         partners = _partners(node.name, alignment, group_of[0]) if side == 0 else stands_for.get(node.name, ())
         arguments, parameters, inputs = argument_texts(node)
+        work = cost.of(node) if ir.is_compute(node) else None
         return DiffNode(
             name=node.name,
             kind=node.op,
@@ -302,6 +318,9 @@ def assemble(
             declined=tuple(declined.get(node.name, ())) if status != "removed" else (),
             compute=ir.is_compute(node),
             size=is_size(node),
+            flops=None if work is None else work.flops,
+            moved=None if work is None else work.moved,
+            copied=None if work is None else work.copied,
         )
 
     def side(module: fx.GraphModule, number: int) -> tuple[DiffNode, ...]:
@@ -309,6 +328,7 @@ def assemble(
 
     drawn = {node.name for node in before.graph.nodes if node.op != "get_attr"}
     evidence = Counter(how for name, how in alignment.evidence.items() if name in drawn)
+    old, new = totals[0] or cost.of_module(before), totals[1] or cost.of_module(after)
     return GraphDiff(
         title,
         subject,
@@ -318,6 +338,8 @@ def assemble(
         dict(sorted(evidence.items())),
         (*notes, *_open_sizes(before)),
         passes,
+        both(old, new) or {},
+        cost.describe(old, new),
     )
 
 

@@ -1,10 +1,11 @@
 """The fused operations: fxopt's own operators, whose body in ATen *is* their meaning.
 
-Both are `torch.library` operators without a backend kernel (CompositeImplicitAutograd), so they run, infer shapes,
+They are `torch.library` operators without a backend kernel (CompositeImplicitAutograd), so they run, infer shapes,
 differentiate, pickle and decompose wherever ATen does; a backend replaces them by kernels of its own.
 
     convolution(x, W, b, r, ...) = activation(conv(x, W, b) + r)
     linear(x, W, b, r, ...)      = activation(x W^T + b + r)
+    buffer(parts, dim, copied)   = cat(parts, dim)             the memory that the parts are slices of: fxopt/buffers.py
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, cast
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from fxopt import ir
 
@@ -119,6 +121,10 @@ def _linear_body(
     return _epilogue(aten.linear.default(input, weight, bias), residual, activation, activation_arguments)
 
 
+def _buffer_body(parts: Any, dim: int, copied: Sequence[int] = ()) -> Any:
+    return aten.cat.default(parts, dim)
+
+
 _LIBRARY = torch.library.Library("fxopt", "DEF")  # lives as long as the process
 _LIBRARY.define(
     "convolution(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, int[] stride, int[] padding, "
@@ -129,13 +135,20 @@ _LIBRARY.define(
     "linear(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, str activation, "
     "float[] activation_arguments) -> Tensor"
 )
+_LIBRARY.define("buffer(Tensor[] parts, int dim, int[] copied=[]) -> Tensor")
+_LIBRARY.impl("buffer", _buffer_body, "CompositeImplicitAutograd")
 _LIBRARY.impl("convolution", _convolution_body, "CompositeImplicitAutograd")
 _LIBRARY.impl("linear", _linear_body, "CompositeImplicitAutograd")
 
 convolution: Any = torch.ops.fxopt.convolution.default
 linear: Any = torch.ops.fxopt.linear.default
+buffer: Any = torch.ops.fxopt.buffer.default
 
-_BODIES: dict[Any, Callable[..., Any]] = {convolution: _convolution_body, linear: _linear_body}
+_BODIES: dict[Any, Callable[..., Any]] = {
+    convolution: _convolution_body,
+    linear: _linear_body,
+    buffer: _buffer_body,
+}
 
 
 def is_fused(node: fx.Node) -> bool:
@@ -186,12 +199,9 @@ def decompose(node: fx.Node) -> fx.Node:
     body = _BODIES[node.target]
     tracer = fx.proxy.GraphAppendingTracer(graph)
 
-    def proxy(argument: Any) -> Any:
-        return fx.Proxy(argument, tracer) if isinstance(argument, fx.Node) else argument
-
     previous = node.prev
     with graph.inserting_before(node):
-        result = body(*(proxy(argument) for argument in node.args)).node
+        result = body(*pytree.tree_map_only(fx.Node, lambda operand: fx.Proxy(operand, tracer), node.args)).node
     step = previous.next
     while step is not node:
         step.meta["origin"] = ir.origins(node)

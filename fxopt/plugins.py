@@ -6,12 +6,15 @@ never joins the default pipeline by being installed.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from itertools import groupby
 from typing import Any
 
 from fxopt.errors import PluginError, UsageError
+from fxopt.pipeline import Step
 from fxopt.rewrite import Pass
 
 PASS_GROUP = "fxopt.passes"
@@ -21,12 +24,16 @@ OWN_DISTRIBUTION = "fxopt"
 
 @dataclass(frozen=True)
 class Installed:
-    """A pass that can be named, who provides it, and whether the default pipeline has it."""
+    """A pass that can be named, who provides it, and whether the default pipeline has it.
+
+    `group` tells apart the groups of the default pipeline; a pass of no group has none.
+    """
 
     name: str
     origin: str
     current: Pass
     default: bool
+    group: int | None = None
 
 
 _registered: dict[str, Installed] = {}
@@ -70,18 +77,22 @@ def broken() -> dict[str, PluginError]:
     return dict(_installed()[1])
 
 
-def default_pipeline() -> tuple[Pass, ...]:
-    """The built-in passes in their order.
+def default_pipeline() -> tuple[Step, ...]:
+    """The built-in passes in their order, in groups where one opens the way for another.
 
     Raises PluginError where fxopt itself is not installed, so that nothing is silently left undone.
     """
-    passes = tuple(entry.current for entry in available().values() if entry.default)
-    if not passes:
+    entries = [entry for entry in available().values() if entry.default]
+    if not entries:
         raise PluginError(
             "no built-in pass is installed, so nothing would be optimised",
             hint="fxopt runs from a checkout only after: pip install -e .",
         )
-    return passes
+    steps: list[Step] = []
+    for group, members in groupby(entries, key=lambda entry: entry.group):
+        passes = tuple(entry.current for entry in members)
+        steps += passes if group is None else [passes]
+    return tuple(steps)
 
 
 def named(name: str) -> Pass:
@@ -116,7 +127,7 @@ def _installed() -> tuple[dict[str, Installed], dict[str, PluginError]]:
                 hint=f"pip install --upgrade {owner}, or uninstall it",
             )
             continue
-        for current in loaded if isinstance(loaded, (tuple, list)) else (loaded,):
+        for group, current in _members(loaded):
             if not isinstance(current, Pass):
                 failed[f"{owner}: {point.name}"] = PluginError(
                     f"the plugin {point.name!r} of {owner} gives {current!r}, which is not a Pass"
@@ -128,8 +139,17 @@ def _installed() -> tuple[dict[str, Installed], dict[str, PluginError]]:
                 raise PluginError(
                     _two_owners(current.name, found[current.name].origin, owner), hint="uninstall one of them"
                 )
-            found[current.name] = Installed(current.name, owner, current, owner == OWN_DISTRIBUTION)
+            found[current.name] = Installed(current.name, owner, current, owner == OWN_DISTRIBUTION, group)
     return found, failed
+
+
+def _members(loaded: Any) -> Iterator[tuple[int | None, Any]]:
+    """What an entry point gives, one by one; those of an inner tuple with the number of their group."""
+    for number, step in enumerate(loaded if isinstance(loaded, (tuple, list)) else (loaded,)):
+        if isinstance(step, (tuple, list)):
+            yield from ((number, current) for current in step)
+        else:
+            yield None, step
 
 
 def _owner(point: EntryPoint) -> str:

@@ -9,21 +9,21 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxopt import check, ir, normalize, plugins
+from fxopt import check, cost, ir, normalize, plugins
 from fxopt.capture import Captured, Inputs
 from fxopt.errors import FxoptError, InputError
 from fxopt.guards import Guards
 from fxopt.lowering.backend import Backend, Runner, Setting, set_concrete_values
-from fxopt.pipeline import Judge, PassManager, PassResult, Progress
+from fxopt.pipeline import Judge, PassManager, PassResult, Progress, Step, only
 from fxopt.report import Report, compute_nodes
-from fxopt.rewrite import Journal, Numerics, Pass
+from fxopt.rewrite import Journal, Numerics
 
 
 @dataclass(frozen=True)
 class Options:
     """What the caller of `fxopt.compile` chose."""
 
-    passes: tuple[Pass, ...]
+    passes: tuple[Step, ...]
     backend: str = "auto"
     numerics: Numerics = "reassociate"
     verify: bool | str = True
@@ -45,7 +45,7 @@ class Program:
     guards: Guards
     module: fx.GraphModule
     report: Report
-    passes: tuple[Pass, ...]
+    passes: tuple[Step, ...]
     proven: set[Any] = field(default_factory=set)
     refused: set[str] = field(default_factory=set)
 
@@ -72,6 +72,7 @@ def make_program(
         judge=judge,
         each=judge is not None and options.verify == "each",
         progress=options.progress,
+        estimate=True,
     ).run(module)
     prune_attributes(module)
     seconds = {**seconds, "rewrite": time.perf_counter() - start}
@@ -85,9 +86,12 @@ def make_program(
         run.journal,
         notices=list(captured.notices) + [str(error) for error in plugins.broken().values()],
         seconds=seconds,
+        work_before=cost.of_module(captured.module),
+        work_after=run.work,
     )
-    kept = (current for current, result in zip(options.passes, run.results, strict=True) if result.status in KEPT)
-    return Program(captured, Guards.of(captured), module, report, tuple(kept))
+    lost = {result.name for result in run.results if result.status not in KEPT}
+    kept = only(options.passes, lambda current: current.name not in lost)
+    return Program(captured, Guards.of(captured), module, report, kept)
 
 
 def prune_attributes(module: fx.GraphModule) -> None:
@@ -117,23 +121,30 @@ class Specialisation:
 def concrete_module(program: Program, inputs: Inputs, options: Options) -> tuple[fx.GraphModule, Report]:
     """The rewritten graph with the values it has on inputs of exactly these shapes.
 
-    A symbolic program is rewritten again, now that shapes are known. Raises InputError where the model's own checks
-    refuse the inputs.
+    A symbolic program is rewritten again, now that shapes are known; the first time with its work estimated. Raises
+    InputError where the model's own checks refuse the inputs.
     """
-    if program.symbolic:
-        _check_ranks(program.captured.module, inputs)
+    captured = _with_values(program.captured.module, inputs) if program.symbolic else program.captured.module
     module, _ = ir.copy(program.module)
     set_concrete_values(module, inputs.tensors)
     normalize.normalize(module)
     if not program.symbolic:
         return module, program.report
-    run = PassManager(program.passes, numerics=options.numerics, strict=options.strict).run(module)
+    first = not program.proven
+    run = PassManager(program.passes, numerics=options.numerics, strict=options.strict, estimate=first).run(module)
     prune_attributes(module)
-    return module, _joined(program.report, run.results, run.journal, compute_nodes(module))
+    report = _joined(program.report, run.results, run.journal, compute_nodes(module))
+    if first:
+        normalize.normalize(captured)  # calls that tracing left whole are of unknown work
+        report = replace(report, work_before=cost.of_module(captured), work_after=run.work)
+    return module, report
 
 
-def _check_ranks(module: fx.GraphModule, inputs: Inputs) -> None:
-    """What a module's own check said of its input's rank while tracing must hold for these inputs."""
+def _with_values(module: fx.GraphModule, inputs: Inputs) -> fx.GraphModule:
+    """A captured module with the values that it has on these inputs.
+
+    What a module's own check said of its input's rank while tracing must hold for them: else InputError.
+    """
     concrete, _ = ir.copy(module)
     try:
         set_concrete_values(concrete, inputs.tensors)
@@ -151,6 +162,7 @@ def _check_ranks(module: fx.GraphModule, inputs: Inputs) -> None:
                 node=node,
                 hint=f"the call was given {describe(inputs)}",
             )
+    return concrete
 
 
 def describe(inputs: Inputs) -> str:
@@ -164,17 +176,7 @@ def describe(inputs: Inputs) -> str:
 def _joined(report: Report, results: list[PassResult], journal: Journal, after: int) -> Report:
     """The report of the first run and of the run with shapes as one: per pass the sum, of declines the last word."""
     again = {result.name: result for result in results}
-    merged = [
-        replace(
-            again[first.name],
-            rewrites=first.rewrites + again[first.name].rewrites,
-            nodes_before=first.nodes_before,
-            seconds=first.seconds + again[first.name].seconds,
-        )
-        if first.name in again
-        else first
-        for first in report.passes
-    ]
+    merged = [first.then(again[first.name]) if first.name in again else first for first in report.passes]
     rewrites = [*report.journal.rewrites, *journal.rewrites]
     gone = {name for rewrite in rewrites for name in rewrite.removed}
     declines = {key: d for key, d in report.journal.declines.items() if not d.pending and d.node not in gone}

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
-from fxopt import ir
+from fxopt import cost, ir
 from fxopt.compare import Verdict
 from fxopt.errors import UsageError
-from fxopt.pipeline import PassResult, compute_nodes
+from fxopt.pipeline import PassResult, both, compute_nodes
 from fxopt.rewrite import Decline, Journal, Rewrite
 
 if TYPE_CHECKING:
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 class Report:
     """The record of one compiled program, to print or (`to_dict`) to process.
 
-    `before` and `after` count nodes that are work at run time; `seconds` has wall time per stage.
+    `before` and `after` count nodes that are work at run time; `work_before` and `work_after` estimate that work for
+    the sizes of the example (see fxopt.cost); `seconds` has wall time per stage.
     """
 
     model: str
@@ -38,6 +39,8 @@ class Report:
     verification: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     lowering: list[PassResult] = field(default_factory=list)
+    work_before: cost.Total | None = None
+    work_after: cost.Total | None = None
 
     @property
     def rewrites(self) -> list[Rewrite]:
@@ -54,6 +57,13 @@ class Report:
         """What waits for the first call, which brings shapes."""
         return [decline for decline in self.declines if decline.pending]
 
+    @property
+    def estimate(self) -> str:
+        """The estimated work before and after in a line; empty where there is none yet."""
+        if self.work_before is None or self.work_after is None:
+            return ""
+        return cost.describe(self.work_before, self.work_after)
+
     def to_dict(self) -> dict[str, Any]:
         """The report for programs: only JSON's types."""
         return {
@@ -61,14 +71,14 @@ class Report:
             "front_end": self.front_end,
             "backend": self.backend,
             "nodes": {"before": self.before, "after": self.after},
+            "work": both(self.work_before, self.work_after),
             "passes": [result.to_dict() for result in self.passes],
             "lowering": [result.to_dict() for result in self.lowering],
             "rewrites": [
                 {
                     "pass": rewrite.pass_name,
                     "rule": rewrite.rule,
-                    "at": rewrite.root,
-                    "result": rewrite.result,
+                    "replaced": [list(pair) for pair in rewrite.replaced],
                     "removed": list(rewrite.removed),
                     "added": list(rewrite.added),
                     "modules": _modules(rewrite.origins),
@@ -103,6 +113,7 @@ class Report:
             ("rewrites", "right"),
             ("declined", "right"),
             ("nodes", "right"),
+            ("estimated change", "left"),
             ("ms", "right"),
             ("numerics", "left"),
             ("status", "left"),
@@ -120,6 +131,7 @@ class Report:
                 str(result.rewrites),
                 str(result.declines),
                 change,
+                result.change,
                 f"{1000 * result.seconds:.0f}",
                 result.numerics,
                 Text(status),
@@ -128,6 +140,8 @@ class Report:
         times = ", ".join(f"{stage} {value:.2f} s" for stage, value in self.seconds.items())
         nodes = f"{self.before} -> {self.after} nodes"
         yield Text(f"captured by {self.front_end}; {nodes}; backend {self.backend}; {times}")
+        if self.estimate:
+            yield Text(self.estimate)
         yield Text(f"verified: {self.verdict}" if self.verdict is not None else f"not verified: {self.verification}")
         for reason, count in self.common_reasons():
             yield Text(f"  declined {count}x: {reason}")
@@ -138,7 +152,7 @@ class Report:
 
     def common_reasons(self, most: int = 5) -> list[tuple[str, int]]:
         """The most frequent reasons for declines on layers that were left as they were, by pass."""
-        done = {name for rewrite in self.rewrites for name in (rewrite.root, *rewrite.removed)}
+        done = {name for rewrite in self.rewrites for name in (*dict(rewrite.replaced), *rewrite.removed)}
         counts: Counter[str] = Counter()
         for decline in self.declines:
             if decline.fits and decline.node not in done and not decline.pending:
@@ -199,7 +213,7 @@ class Explanation:
         lines += [f"  {line}" for line in self.lines if line]
         lines.append("  was: " + ("; ".join(self.before) or "nothing of its own"))
         for rewrite in self.rewrites:
-            became = rewrite.result or "nothing"
+            became = ", ".join(result for _, result in rewrite.replaced if result) or "nothing"
             lines.append(f"  {rewrite.pass_name} ({rewrite.rule}): {', '.join(rewrite.removed)} -> {became}")
         for decline in self.declines:
             when = "pending" if decline.pending else "declined"
@@ -229,11 +243,14 @@ def explain(subject: str, before: fx.GraphModule, after: fx.GraphModule, report:
 
     names = {subject}
     for rewrite in journal.rewrites:
-        if rewrite.result and names & {rewrite.root, *rewrite.removed}:  # what was only removed has no result
-            names.add(rewrite.result)
+        became = {root: result for root, result in rewrite.replaced if result}  # what was only removed has no result
+        heirs = {became[name] for name in names & became.keys()}
+        names |= heirs or (set(became.values()) if names & set(rewrite.removed) else set())
     was, is_now = of(before, {subject}), of(after, names)
     rewrites = tuple(
-        rewrite for rewrite in journal.rewrites if concerns(rewrite.origins) or names & {rewrite.root, rewrite.result}
+        rewrite
+        for rewrite in journal.rewrites
+        if concerns(rewrite.origins) or any(names & set(pair) for pair in rewrite.replaced)
     )
     if not was and not is_now and not rewrites:
         known = sorted({origin.module for node in before.graph.nodes for origin in ir.origins(node) if origin.module})

@@ -1,21 +1,21 @@
 """Rules and the worklist driver that applies them.
 
 A rule is a pattern, a guard that may decline with a reason, and a rewrite. The driver, not the rule, enforces what
-holds for every rule: nothing that others read is lost, no match spans a write, the result keeps shape, dtype, device
-and strides, and a rule that does not come to an end is stopped and named.
+holds for every rule: nothing that others read is lost, no match spans a write, the result keeps shape, dtype, device,
+memory of its own, and strides where they show, and a rule that does not come to an end is stopped and named.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import torch
 from torch import fx
 
-from fxopt import effects, ir
+from fxopt import buffers, effects, ir, observe
 from fxopt.edit import Editor
 from fxopt.errors import ConvergenceError, FxoptError, RewriteError
 from fxopt.pattern import Guard, Match, NoMatch, Pattern
@@ -59,15 +59,28 @@ class Pass:
 
 @dataclass(frozen=True)
 class Rewrite:
-    """One rewrite that happened: which operations were removed and added, in whose place, and where they came from."""
+    """One rewrite that happened: which operations were removed and added, in whose place, and where they came from.
+
+    `replaced` has each node that is not read any more with the one that is read instead: `("relu", "convolution")`; a
+    node that was only removed has none: `("relu", "")`.
+    """
 
     pass_name: str
     rule: str
-    root: str
-    result: str
+    replaced: tuple[tuple[str, str], ...]
     removed: tuple[str, ...]
     added: tuple[str, ...]
     origins: tuple[ir.Origin, ...]
+
+    @property
+    def root(self) -> str:
+        """The node that was replaced; of several the first."""
+        return self.replaced[0][0]
+
+    @property
+    def result(self) -> str:
+        """What is read instead of `root`."""
+        return self.replaced[0][1]
 
 
 @dataclass(frozen=True)
@@ -168,25 +181,71 @@ class Rewriter:
 
     # -- one rewrite -------------------------------------------------------------------------------------------------
 
+    def refusal(self, nodes: Iterable[fx.Node], *roots: fx.Node, shared: Iterable[fx.Node] = ()) -> NoMatch | None:
+        """What holds for every rewrite: why `nodes` may not become others that are read instead of `roots`; else None.
+
+        A node that is no root has no reader outside (but for `shared` ones, which stay); all are pure; nothing writes
+        to a value of theirs, or an alias of one, between the first of them and the last root. The driver asks this for
+        each match of a rule; a function pass asks it itself.
+        """
+        matched = tuple(dict.fromkeys((*nodes, *roots)))
+        inside, stays = set(matched), {*roots, *shared}
+        for node in matched:
+            for user in node.users if node not in stays else ():
+                if user not in inside:
+                    where = "is a result of the model" if user.op == "output" else f"is also read by {user.name}"
+                    return NoMatch(f"{node.name} {where}", node)
+        for node in matched:
+            if not effects.of(node).pure:
+                return NoMatch(f"{node.name} writes, draws at random, or is not known", node)
+        aliases = self.aliases
+        if aliases.writers:
+            values = {operand for node in matched for operand in (node, *node.all_input_nodes)}
+            writer = aliases.writer_between(min(matched), max(roots), values)
+            if writer is not None:
+                return NoMatch(f"{writer.name} may write to a value of the match in between", writer)
+            # A constant is read once and for all: it must not be written at any time.
+            for value in values:
+                if value.op == "get_attr":
+                    written = aliases.writer_of(value)
+                    if written is not None:
+                        return NoMatch(f"{written.name} may write to {value.target}", written)
+        return None
+
     def substitute(
         self, root: fx.Node, build: Callable[[], fx.Node], *, rule: str, nodes: Iterable[fx.Node] = ()
     ) -> fx.Node | NoMatch:
-        """Builds what is to be read instead of `root`, and removes those of `nodes` that nobody reads any more.
+        """`substitute_all` of one root."""
+        results = self.substitute_all((root,), lambda: (build(),), rule=rule, nodes=nodes)
+        return results if isinstance(results, NoMatch) else results[0]
 
-        All or nothing: an error undoes the edits. Raises RewriteError if `build` raises, or gives another shape,
-        dtype or device; returns NoMatch if only the strides would change and the pass may not do that.
+    def substitute_all(
+        self,
+        roots: Sequence[fx.Node],
+        build: Callable[[], Sequence[fx.Node]],
+        *,
+        rule: str,
+        nodes: Iterable[fx.Node] = (),
+    ) -> tuple[fx.Node, ...] | NoMatch:
+        """Builds what is to be read instead of each of `roots`; removes those of `nodes` that nobody reads any more.
+
+        `build` gives one node per root, in their order. It builds in front of the first root or, where the roots (or
+        `nodes`) read what is computed behind that, right behind the last such operand.
+
+        All or nothing: an error or a NoMatch undoes every edit. Raises RewriteError if `build` raises, or gives another
+        shape, dtype or device; returns NoMatch where somebody could tell a result from what it replaces (see
+        `fxopt.observe`), or where a reader stands in front of it.
         """
-        matched = tuple(dict.fromkeys((*nodes, root)))
+        roots = tuple(roots)
+        matched = tuple(dict.fromkeys((*nodes, *roots)))
         mark = self.editor.mark()
-        self._point, self._origin = root, ir.merge_origins(matched)
+        self._point, self._origin = self._place(roots, matched), ir.merge_origins(matched)
+        names = tuple(root.name for root in roots)
+        aliases = None if self.current.layout else self.aliases
         try:
-            result = build()
-            if not isinstance(result, fx.Node):
-                raise TypeError(f"it gave {result!r}, not the node to read instead")
-            difference = self._difference(root, result)
-            if isinstance(difference, NoMatch):
-                self.editor.undo(mark)
-                return difference
+            results = self._built(roots, build)
+            added = self._added(mark)
+            removed = self._replace(tuple(zip(roots, results, strict=True)), matched, mark, aliases)
         except FxoptError:
             self.editor.undo(mark)
             raise
@@ -196,21 +255,18 @@ class Rewriter:
                 f"the rewrite raised {type(error).__name__}: {error}",
                 pass_name=self.current.name,
                 rule=rule,
-                node=root,
+                node=roots[0],
                 hint=f"the pass {self.current.name!r} is at fault; disable=({self.current.name!r},) leaves it out",
             ) from error
         finally:
             self._point = None
-        if "rank" in root.meta and "rank" not in result.meta:
-            self.editor.set_meta(result, "rank", root.meta["rank"])
-        added = self._added(mark)
-        self.editor.replace_uses(root, result)
-        removed = self._sweep(matched, keep=result)
-        self._follow(mark, list(result.users))
-        self.journal.rewrites.append(
-            Rewrite(self.current.name, rule, root.name, result.name, removed, added, self._origin)
-        )
-        return result
+        if isinstance(removed, NoMatch):
+            self.editor.undo(mark)
+            return removed
+        self._follow(mark, [user for result in results for user in result.users])
+        replaced = tuple(zip(names, (result.name for result in results), strict=True))
+        self.journal.rewrites.append(Rewrite(self.current.name, rule, replaced, removed, added, self._origin))
+        return results
 
     def insert_between(self, operand: fx.Node, reader: fx.Node, build: Callable[[], fx.Node], *, rule: str) -> fx.Node:
         """Lets `reader` read what `build` makes of `operand`, right behind it; others go on reading `operand`."""
@@ -227,7 +283,7 @@ class Rewriter:
         self.editor.replace_uses(operand, result, [reader])
         self._follow(mark, [reader])
         self.journal.rewrites.append(
-            Rewrite(self.current.name, rule, operand.name, result.name, (), added, self._origin)
+            Rewrite(self.current.name, rule, ((operand.name, result.name),), (), added, self._origin)
         )
         return result
 
@@ -235,9 +291,9 @@ class Rewriter:
         """Removes a node that nobody reads, and operands that this leaves unread."""
         origin = ir.origins(node)
         name, mark = node.name, self.editor.mark()
-        removed = self._sweep((node,), keep=None)
+        removed = self._sweep((node,), keep=())
         self._follow(mark, ())
-        self.journal.rewrites.append(Rewrite(self.current.name, rule, name, "", removed, (), origin))
+        self.journal.rewrites.append(Rewrite(self.current.name, rule, ((name, ""),), removed, (), origin))
 
     def decline(self, node: fx.Node, reason: str, *, rule: str = "", fits: bool = True) -> None:
         """Records why a node was left as it is; `fits` where it looked like a place for the rule."""
@@ -247,46 +303,77 @@ class Rewriter:
             self.current.name, rule, node.name, reason.removeprefix(UNKNOWN), ir.origins(node), pending, fits
         )
 
-    def _difference(self, root: fx.Node, result: fx.Node) -> NoMatch | None:
-        before, after = ir.value(root), ir.value(result)
-        if not isinstance(before, torch.Tensor):
-            return None
-        if not isinstance(after, torch.Tensor):
-            raise RewriteError(
-                f"the rewrite's result is {ir.describe_value(after)}, not {ir.describe_value(before)}",
-                pass_name=self.current.name,
-                node=root,
-            )
-        same = (before.dtype, before.device, before.dim()) == (after.dtype, after.device, after.dim())
-        plain = all(type(size) is int for size in (*before.shape, *after.shape))
-        if not same or (plain and before.shape != after.shape):
-            raise RewriteError(
-                f"the rewrite changes {ir.describe_value(before)} on {before.device} "
-                f"to {ir.describe_value(after)} on {after.device}",
-                pass_name=self.current.name,
-                node=root,
-            )
-        if not ir.same_sizes(before.shape, after.shape):
-            # Inference may settle for one batch size where the operator's own code asks for a number.
-            sizes = f"from {ir.describe_value(before)} to {ir.describe_value(after)}"
-            return NoMatch(f"the sizes might change {sizes}, by what is known of them", root)
-        if not self.current.layout and not ir.same_sizes(_strides(before), _strides(after)):
-            return NoMatch(f"the strides would change from {before.stride()} to {after.stride()}", root)
-        return None
+    def _place(self, roots: tuple[fx.Node, ...], matched: tuple[fx.Node, ...]) -> fx.Node:
+        """Where to build: as early as possible behind what the match reads."""
+        first = min(roots)
+        if len(roots) == 1:
+            return first
+        read = [operand for node in matched for operand in node.all_input_nodes if operand.op != "get_attr"]
+        last = max((operand for operand in read if operand not in matched), default=first)
+        return first if last < first or last is first else last.next
+
+    def _built(self, roots: tuple[fx.Node, ...], build: Callable[[], Sequence[fx.Node]]) -> tuple[fx.Node, ...]:
+        results = tuple(build())
+        for result in results:
+            if not isinstance(result, fx.Node):
+                raise TypeError(f"it gave {result!r}, not the node to read instead")
+        if len(results) != len(roots):
+            raise TypeError(f"it gave {len(results)} nodes to read instead of {len(roots)}")
+        for root, result in zip(roots, results, strict=True):
+            if result is not root and result in roots:
+                raise TypeError(f"it gave {result.name}, which is itself replaced")
+        return results
+
+    def _replace(
+        self,
+        pairs: tuple[observe.Pair, ...],
+        matched: tuple[fx.Node, ...],
+        mark: int,
+        aliases: effects.Aliases | None,
+    ) -> tuple[str, ...] | NoMatch:
+        """Lets readers read the results, and gives the names of what is gone; NoMatch where somebody could tell."""
+        new = {edit.node for edit in self.editor.log[mark:] if edit.kind == "insert" and isinstance(edit.node, fx.Node)}
+        for root, result in pairs:
+            refusal = observe.difference(root, result, pass_name=self.current.name)
+            if refusal is not None:
+                return refusal
+        refusal = None if aliases is None else observe.memory_shared(pairs, new, aliases)
+        if refusal is None and self.current.numerics == "bitwise" and aliases is not None:
+            # A kernel may round otherwise where it runs over memory in another order.
+            refusal = observe.strides_kept(pairs)
+        if refusal is not None:
+            return refusal
+        readers = {root: [user for user in root.users if user not in new] for root, _ in pairs}
+        for root, result in pairs:
+            if "rank" in root.meta and "rank" not in result.meta:
+                self.editor.set_meta(result, "rank", root.meta["rank"])
+            if root is not result:
+                self.editor.replace_uses(root, result)
+        removed = self._sweep(matched, keep=[result for _, result in pairs])
+        for node in (*new, *(result for _, result in pairs)):
+            for user in node.users:
+                if not node < user:
+                    return NoMatch(f"{user.name} reads it, and stands in front of where it would be", user)
+        for node in new:
+            for operand in node.all_input_nodes:
+                if not operand < node:
+                    return NoMatch(f"{operand.name} is computed behind where it would be read", operand)
+        refusal = None if aliases is None else observe.settle(self.editor, pairs, readers, aliases)
+        return removed if refusal is None else refusal
 
     def _added(self, mark: int) -> tuple[str, ...]:
         """The names of the operations inserted since `mark`."""
         inserted = [edit.node for edit in self.editor.log[mark:] if edit.kind == "insert"]
         return tuple(node.name for node in inserted if isinstance(node, fx.Node) and node.op != "get_attr")
 
-    def _sweep(self, nodes: tuple[fx.Node, ...], keep: fx.Node | None) -> tuple[str, ...]:
+    def _sweep(self, nodes: tuple[fx.Node, ...], keep: Sequence[fx.Node]) -> tuple[str, ...]:
         """Erases those of `nodes` that nobody reads, then the attributes and sizes that only they read."""
         removed: list[str] = []
         queue = deque(sorted(nodes, key=lambda node: cast(Any, node._sort_key), reverse=True))
         given = set(nodes)
         while queue:
             node = queue.popleft()
-            if node is keep or node._erased or node.users or node.op in ("placeholder", "output"):
+            if node in keep or node._erased or node.users or node.op in ("placeholder", "output"):
                 continue
             if not effects.of(node).pure:
                 continue
@@ -301,11 +388,6 @@ class Rewriter:
         return tuple(removed)
 
 
-def _strides(value: torch.Tensor) -> list[Any]:
-    """The strides that tell layouts apart: those of dimensions longer than one."""
-    return [stride for stride, size in zip(value.stride(), value.shape, strict=True) if ir.static(size) != 1]
-
-
 # -- the driver ------------------------------------------------------------------------------------------------------
 
 
@@ -317,23 +399,32 @@ def apply(current: Pass, editor: Editor, journal: Journal, *, budget: int | None
     """
     rewriter = Rewriter(editor, current, journal)
     if current.run is not None:
-        try:
-            current.run(rewriter)
-        except FxoptError:
-            raise
-        except Exception as error:
-            raise RewriteError(
-                f"the pass raised {type(error).__name__}: {error}",
-                pass_name=current.name,
-                hint=f"the pass {current.name!r} is at fault; disable=({current.name!r},) leaves it out",
-            ) from error
-        return
-    limit = 10 * len(editor.graph.nodes) + 100 if budget is None else budget
+        _run_function(current.run, rewriter)
+    else:
+        _run_rules(current.rules, rewriter, 10 * len(editor.graph.nodes) + 100 if budget is None else budget)
+    buffers.settle(editor)
+
+
+def _run_function(run: Callable[[Rewriter], None], rewriter: Rewriter) -> None:
+    current = rewriter.current
+    try:
+        run(rewriter)
+    except FxoptError:
+        raise
+    except Exception as error:
+        raise RewriteError(
+            f"the pass raised {type(error).__name__}: {error}",
+            pass_name=current.name,
+            hint=f"the pass {current.name!r} is at fault; disable=({current.name!r},) leaves it out",
+        ) from error
+
+
+def _run_rules(rules: Iterable[Rule], rewriter: Rewriter, limit: int) -> None:
     by_root: dict[Any, list[Rule]] = {}
-    for rule in current.rules:
+    for rule in rules:
         for target in rule.pattern.roots():
             by_root.setdefault(target, []).append(rule)
-    queue = deque(node for node in editor.graph.nodes if node.target in by_root)
+    queue = deque(node for node in rewriter.graph.nodes if node.target in by_root)
     waiting = set(queue)
     count = 0
     while queue:
@@ -350,7 +441,7 @@ def apply(current: Pass, editor: Editor, journal: Journal, *, budget: int | None
             if count > limit:
                 raise ConvergenceError(
                     f"the rule did not come to an end within {limit} rewrites",
-                    pass_name=current.name,
+                    pass_name=rewriter.current.name,
                     rule=rule.name,
                     node=result,
                     hint="its rewrite gives something that it, or another rule of the pass, matches again",
@@ -368,7 +459,7 @@ def _try(rule: Rule, node: fx.Node, rewriter: Rewriter) -> fx.Node | NoMatch:
     match = _match(rule, node, rewriter)
     if isinstance(match, NoMatch):
         return NoMatch(match.reason, match.node, fits=False)
-    refusal = _driver_guard(match, rewriter)
+    refusal = rewriter.refusal(match.nodes, match.root, shared=match.shared)
     if refusal is None and rule.guard is not None:
         refusal = _guard(rule, match, rewriter)
     if refusal is not None:
@@ -406,32 +497,3 @@ def _guard(rule: Rule, match: Match, rewriter: Rewriter) -> NoMatch | None:
             node=match.root,
             hint="a guard declines by returning NoMatch",
         ) from error
-
-
-def _driver_guard(match: Match, rewriter: Rewriter) -> NoMatch | None:
-    """What holds for every rule, whatever its own guard says."""
-    inside = set(match.nodes)
-    for node in match.nodes:
-        if node is match.root or node in match.shared:
-            continue
-        for user in node.users:
-            if user not in inside:
-                where = "is a result of the model" if user.op == "output" else f"is also read by {user.name}"
-                return NoMatch(f"{node.name} {where}", node)
-    for node in match.nodes:
-        if not effects.of(node).pure:
-            return NoMatch(f"{node.name} writes, draws at random, or is not known", node)
-    aliases = rewriter.aliases
-    if aliases.writers:
-        first = min(match.nodes)
-        values = {operand for node in match.nodes for operand in (node, *node.all_input_nodes)}
-        writer = aliases.writer_between(first, match.root, values)
-        if writer is not None:
-            return NoMatch(f"{writer.name} may write to a value of the match in between", writer)
-        # A constant is read once and for all: it must not be written at any time.
-        for value in values:
-            if value.op == "get_attr":
-                written = aliases.writer_of(value)
-                if written is not None:
-                    return NoMatch(f"{written.name} may write to {value.target}", written)
-    return None

@@ -24,7 +24,7 @@ from fxopt.capture.program import register_dataclasses
 from fxopt.compare import Verdict, compare
 from fxopt.errors import CaptureError, FxoptError, InputError, VerificationError
 from fxopt.lowering.backend import Setting, set_concrete_values
-from fxopt.pipeline import PassManager, PassResult
+from fxopt.pipeline import PassManager, PassResult, flat, only
 from fxopt.program import (
     KEPT,
     Options,
@@ -334,12 +334,12 @@ class Session:
         Raises VerificationError where the capture itself is wrong, where no pass is to blame, or with strict.
         """
         guilty = {result.name: result for result in self._blamed(program, expected, inputs)}
-        innocent = tuple(current for current in self.options.passes if current.name not in guilty)
+        innocent = only(self.options.passes, lambda current: current.name not in guilty)
         again = make_program(
             program.captured, self.name, replace(self.options, passes=innocent), program.report.seconds
         )
         rows = {result.name: result for result in (*again.report.passes, *guilty.values())}
-        again.report.passes = [rows[current.name] for current in self.options.passes]
+        again.report.passes = [rows[current.name] for current in flat(self.options.passes)]
         again.report.notices = program.report.notices
         program.module, program.passes, program.report = again.module, again.passes, again.report
         module, report = concrete_module(program, inputs, self.options)

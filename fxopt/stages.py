@@ -16,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import optimization_hint
 from fxopt import ir, normalize, plugins
 from fxopt.errors import UsageError
 from fxopt.lowering.backend import Backend, set_concrete_values
-from fxopt.pipeline import PassManager, PassResult
+from fxopt.pipeline import PassManager, PassResult, flat, only, up_to
 from fxopt.program import lower
 from fxopt.rewrite import Decline, Pass, Rewrite
 from fxopt.session import Session
@@ -48,7 +48,7 @@ def whole(session: Session) -> Stage:
 
 def one_pass(session: Session, name: str) -> Stage:
     """From what a pass was given to what it made. Raises UsageError where the pipeline has no pass of this name."""
-    report, passes = session.report, session.options.passes
+    report, passes = session.report, flat(session.options.passes)
     lowering = plugins.backend(report.backend).passes if report.lowering else ()
     known = [current.name for current in (*passes, *lowering)]
     if name not in known:
@@ -58,7 +58,8 @@ def one_pass(session: Session, name: str) -> Stage:
     if place < len(passes):
         module, results = _start(session), report.passes
         done = {result.name for result in results if result.status == "done"}
-        PassManager([earlier for earlier in passes[:place] if earlier.name in done], numerics="approximate").run(module)
+        earlier = only(up_to(session.options.passes, place), lambda current: current.name in done)
+        PassManager(earlier, numerics="approximate").run(module)
     else:
         module, results = _start_lowering(session, name), report.lowering
     reported = next((result for result in results if result.name == name), PassResult(name, ""))

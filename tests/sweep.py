@@ -294,13 +294,13 @@ def names() -> list[str]:
     return [f"torchvision:{name}" for name in TORCHVISION] + [f"timm:{name}" for name in TIMM.values()]
 
 
-def in_own_process(name: str, seconds: int, gigabytes: int) -> dict[str, Any]:
-    """One model's line, from a process of its own; what it dies of is its `crash`."""
+def in_own_process(name: str, seconds: int, gigabytes: int, script: str = __file__) -> dict[str, Any]:
+    """One model's line, from a process of its own that runs `script --one name`; what it dies of is its `crash`."""
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (gigabytes << 30, gigabytes << 30))
 
-    command = [sys.executable, __file__, "--one", name]
+    command = [sys.executable, script, "--one", name]
     start = time.perf_counter()
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, preexec_fn=limit)

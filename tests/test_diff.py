@@ -261,7 +261,7 @@ def graph_of(*steps: tuple[str, Any, tuple[str, ...]]) -> fx.GraphModule:
 
 
 def rewrite(root: str, result: str, removed: Iterable[str], added: Iterable[str]) -> Rewrite:
-    return Rewrite("p", "r", root, result, tuple(removed), tuple(added), ())
+    return Rewrite("p", "r", ((root, result),), tuple(removed), tuple(added), ())
 
 
 RELU, SIN, COS = aten.relu.default, aten.sin.default, aten.cos.default

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from fxopt import check, plugins
+from fxopt.pipeline import flat
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 DOCS = CHECKOUT / "docs"
@@ -93,7 +94,7 @@ def test_the_contract_page_has_each_check(name: str) -> None:
     assert f"`{name}`" in (DOCS / "ir.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", [current.name for current in plugins.default_pipeline()])
+@pytest.mark.parametrize("name", [current.name for current in flat(plugins.default_pipeline())])
 def test_each_pass_of_the_default_pipeline_has_its_page(name: str) -> None:
     page = (PASS_PAGES / f"{name}.md").read_text(encoding="utf-8")
     assert page.startswith(f"# {name}\n")

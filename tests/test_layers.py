@@ -16,9 +16,13 @@ ROOT = Path(fxopt.__file__).parent
 LAYERS = (
     "errors",
     "ir",
+    "hints",  # open sizes as numbers, for estimates
     "ops",
     "effects",
     "edit",
+    "buffers",  # concats that copy nothing
+    "work",  # what an operator computes and moves
+    "cost",  # what that takes on a device
     "spelling",  # operations as Python programs write them
     "expand",  # what symbolic tracing left whole, written out
     "normalize",
@@ -29,6 +33,7 @@ LAYERS = (
     "capture",
     "guards",  # which inputs a capture fits
     "pattern",
+    "observe",  # what a rewrite must not change
     "rewrite",
     "compare",
     "agreement",  # of a capture with its original

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -187,6 +188,76 @@ def test_passes_are_skipped_by_what_they_promise() -> None:
         found = {result.name: result for result in report.passes if result.status == "skipped"}
         assert set(found) == skipped
         assert all("only, and" in result.reason for result in found.values())
+
+
+# -- groups ----------------------------------------------------------------------------------------------------------
+
+
+def _peel(name: str, outer: Any, inner: Any) -> Pass:
+    """outer(inner(x)) -> inner(x): removes an `outer` that reads an `inner`."""
+    pattern = call(outer, call(inner, var("x"), name="inner", shared=True))
+    return Pass(name, rules=(Rule(name, pattern, lambda match, rewriter: match.node("inner")),))
+
+
+class Onion(nn.Module):
+    """relu and sigmoid in turns, so that peeling one kind lets the other kind be peeled."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(3):
+            x = torch.tanh(torch.relu(torch.tanh(x)))
+        return x
+
+
+RELU_OF_TANH = _peel("relu-of-tanh", aten.relu.default, aten.tanh.default)
+TANH_OF_TANH = _peel("tanh-of-tanh", aten.tanh.default, aten.tanh.default)
+
+
+def _peeled(*passes: Any) -> fxopt.Report:
+    return fxopt.compile(Onion(), passes=passes, verify=False).report
+
+
+def test_a_group_is_repeated_until_none_of_its_passes_rewrites() -> None:
+    once, group = _peeled(TANH_OF_TANH, RELU_OF_TANH), _peeled((TANH_OF_TANH, RELU_OF_TANH))
+    assert [result.rewrites for result in once.passes] == [2, 3]
+    assert [result.rewrites for result in group.passes] == [5, 3]
+    assert [result.name for result in group.passes] == ["tanh-of-tanh", "relu-of-tanh"]
+    assert (group.passes[0].nodes_before, group.passes[0].nodes_after) == (9, 4)
+
+
+def test_a_pass_of_a_group_that_fails_is_not_tried_again() -> None:
+    tried: list[int] = []
+
+    def fail(rewriter: Rewriter) -> None:
+        tried.append(1)
+        raise ValueError("no")
+
+    report = _peeled((TANH_OF_TANH, Pass("faulty", run=fail), RELU_OF_TANH))
+    assert [result.status for result in report.passes] == ["done", "failed", "done"]
+    assert report.passes[0].rewrites == 5
+    assert len(tried) == 1
+
+
+def test_a_group_that_does_not_come_to_rest_says_so() -> None:
+    def swap(name: str, old: Any, new: Any) -> Pass:
+        rule = Rule(name, call(old, var("x"), name="old"), lambda match, rewriter: rewriter.call(new, match["x"]))
+        return Pass(name, rules=(rule,))
+
+    there, back = swap("there", aten.relu.default, aten.neg.default), swap("back", aten.neg.default, aten.relu.default)
+    report = _peeled((there, back))
+    assert all("not come to rest after 10 rounds" in result.reason for result in report.passes)
+
+
+def test_a_group_can_be_named_disabled_copied_and_drawn() -> None:
+    model, given = convnet(), image()
+    group = ("fold-affine", ("fold-batchnorm", "fuse-conv-activation"), "eliminate-dead-code")
+    compiled = fxopt.compile(model, (given,), passes=group, disable=("eliminate-dead-code",))
+    names = [result.name for result in compiled.report.passes]
+    assert names == ["fold-affine", "fold-batchnorm", "fuse-conv-activation"]
+    again = pickle.loads(pickle.dumps(compiled))
+    assert again._session.options.passes == compiled._session.options.passes
+    assert len(again._session.options.passes) == 2
+    torch.testing.assert_close(again(given), compiled(given))
+    assert "made" not in str(compiled.diff("fuse-conv-activation").notes)
 
 
 def test_a_pass_needs_either_rules_or_a_function() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +14,10 @@ from torch import fx, nn
 import fxopt
 from fxopt import UNKNOWN, Match, NoMatch, Pass, Rewriter, Rule, call, check, const, var
 from fxopt.edit import Editor
+from fxopt.lowering import backend
 from fxopt.rewrite import Journal, apply
 from graphs import Network, operations
+from test_edit import picture
 
 aten = torch.ops.aten
 
@@ -220,3 +223,256 @@ def test_a_function_pass_removes_and_declines_through_the_same_rewriter() -> Non
     assert operations(module) == {"add": 1}
     assert {name for rewrite in journal.rewrites for name in rewrite.removed} == {"relu", "mul"}
     assert reasons(journal) == ["it is read"]
+
+
+# -- several roots ---------------------------------------------------------------------------------------------------
+
+
+def _join_copies(*, reading: Callable[[fx.Node], list[fx.Node]] | None = None) -> Callable[[Rewriter], None]:
+    """x.clone() and x.clone() -> halves of cat([x, x]): several roots, whose results share memory."""
+
+    def join(rewriter: Rewriter) -> None:
+        roots = list(rewriter.graph.find_nodes(op="call_function", target=aten.clone.default))
+        if len(roots) < 2:
+            return
+        refusal = rewriter.refusal((), *roots)
+        if refusal is not None:
+            rewriter.decline(roots[0], refusal.reason, rule="copies")
+            return
+
+        def build() -> list[fx.Node]:
+            width = 4 * len(roots)
+            wide = rewriter.call(aten.cat.default, [root.args[0] for root in roots], 1)
+            cuts = range(0, width, 4)
+            return [rewriter.call(aten.slice.Tensor, wide, 1, start, start + 4) for start in cuts]
+
+        result = rewriter.substitute_all(roots, build, rule="copies")
+        if isinstance(result, NoMatch):
+            rewriter.decline(roots[0], result.reason, rule="copies")
+
+    return join
+
+
+COPIES = Pass("copies", run=_join_copies())
+
+
+def test_several_roots_are_replaced_in_one_rewrite() -> None:
+    def body(m: Any, x: torch.Tensor) -> torch.Tensor:
+        first = m.left(x).sum(1)
+        return first + m.right(x).sum(1)
+
+    copies = {name: Network(lambda m, x: x.clone()) for name in ("left", "right")}
+    module, journal, _ = run(COPIES, body, **copies)
+    (rewrite,) = journal.rewrites
+    names = [node.name for node in module.graph.nodes]
+    assert rewrite.replaced == (("clone", "slice_1"), ("clone_1", "slice_2"))
+    assert (rewrite.root, rewrite.result) == ("clone", "slice_1")
+    assert set(rewrite.removed) == {"clone", "clone_1"}
+    assert set(rewrite.added) == {"cat", "slice_1", "slice_2"}
+    assert {origin.module for origin in rewrite.origins} == {"left", "right"}
+    assert all(node.meta["origin"] == rewrite.origins for node in module.graph.nodes if node.name in rewrite.added)
+    assert names.index("cat") < names.index("slice_2") < names.index("sum_1"), "built in front of the first root"
+
+
+def test_several_roots_are_built_behind_what_the_last_of_them_reads() -> None:
+    def body(m: Any, x: torch.Tensor) -> torch.Tensor:
+        first = x.clone()
+        second = x.exp().clone()
+        return first.sum(1) + second.sum(1)
+
+    module, journal, _ = run(COPIES, body)
+    names = [node.name for node in module.graph.nodes]
+    assert len(journal.rewrites) == 1
+    assert names.index("exp") < names.index("cat") < names.index("sum_1")
+
+
+def _read_too_early(m: Any, x: torch.Tensor) -> torch.Tensor:
+    first = x.clone()
+    return first.sum(1) + first.exp().clone().sum(1)
+
+
+def _both_handed_out(m: Any, x: torch.Tensor) -> Any:
+    return x.clone(), x.clone()
+
+
+def _one_handed_out_as_a_view(m: Any, x: torch.Tensor) -> Any:
+    return x.clone().sum(1), x.clone()[:, :1][:1, 0]
+
+
+def _written_later(m: Any, x: torch.Tensor) -> torch.Tensor:
+    first, second = x.clone(), x.clone()
+    total = first.sum(1)
+    view = second[:, 0]
+    view.mul_(2)
+    return total + second.sum(1)
+
+
+def _memory_behind_it(m: Any, x: torch.Tensor) -> torch.Tensor:
+    return x.clone().sum(1) + torch.as_strided(x.clone()[:1], (2,), (4,))
+
+
+def _written_in_between(m: Any, x: torch.Tensor) -> torch.Tensor:
+    first = x.clone()
+    x.mul_(2)
+    return first.sum(1) + x.clone().sum(1)
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        pytest.param(_read_too_early, "stands in front|computed behind", id="one root depends on another"),
+        pytest.param(_both_handed_out, "must not share memory", id="both are handed out"),
+        pytest.param(_one_handed_out_as_a_view, "must not share memory", id="a view of one is handed out"),
+        pytest.param(_written_later, "may write to", id="one is written later"),
+        pytest.param(_memory_behind_it, "looks at the memory", id="the memory behind one is looked at"),
+        pytest.param(_written_in_between, "may write to", id="what they read is written between them"),
+    ],
+)
+def test_several_roots_stay_because(body: Callable[..., Any], reason: str) -> None:
+    _, journal, _ = run(COPIES, body)
+    assert not journal.rewrites
+    assert re.search(reason, reasons(journal)[0]), reasons(journal)
+
+
+def test_what_is_declined_behind_its_edits_is_undone_whole() -> None:
+    module = fxopt.trace(Network(_read_too_early).eval(), (torch.randn(2, 4),))
+    before, editor = picture(module), Editor(module)
+    apply(COPIES, editor, Journal())
+    assert picture(module) == before
+    assert not editor.log
+
+
+@pytest.mark.parametrize(
+    ("build", "error"),
+    [
+        pytest.param(lambda rewriter, roots: roots[:1], "1 nodes to read instead of 2", id="too few"),
+        pytest.param(lambda rewriter, roots: [1, 2], "gave 1, not the node", id="no nodes"),
+        pytest.param(lambda rewriter, roots: roots[::-1], "itself replaced", id="another root"),
+        pytest.param(
+            lambda rewriter, roots: [roots[0], rewriter.call(aten.sum.default, roots[1].args[0])],
+            "changes f32",
+            id="another shape",
+        ),
+    ],
+)
+def test_a_rewrite_of_several_roots_that_goes_wrong_is_undone_whole(build: Any, error: str) -> None:
+    def wrong(rewriter: Rewriter) -> None:
+        roots = list(rewriter.graph.find_nodes(op="call_function", target=aten.clone.default))
+        rewriter.substitute_all(roots, lambda: build(rewriter, roots), rule="wrong")
+
+    module = fxopt.trace(Network(lambda m, x: x.clone() + x.clone()).eval(), (torch.randn(2, 4),))
+    before = picture(module)
+    with pytest.raises(fxopt.RewriteError, match=error):
+        apply(Pass("wrong", run=wrong), Editor(module), Journal())
+    assert picture(module) == before
+
+
+# -- strides ---------------------------------------------------------------------------------------------------------
+
+
+def _transpose_relu(match: Match, rewriter: Rewriter) -> fx.Node:
+    turned = rewriter.call(aten.permute.default, match["x"], [1, 0])
+    dense = rewriter.call(aten.contiguous.default, turned)
+    return rewriter.call(aten.permute.default, rewriter.call(aten.clamp_min.default, dense, 0), [1, 0])
+
+
+TRANSPOSE = Pass("transpose", rules=(Rule("transposed", call(aten.relu.default, var("x")), _transpose_relu),))
+
+
+def actual_strides(module: fx.GraphModule, x: torch.Tensor) -> dict[str, Any]:
+    """The strides of each value when the graph runs."""
+    found: dict[str, Any] = {}
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            result = super().run_node(n)
+            if isinstance(result, torch.Tensor):
+                found[n.name] = result.stride()
+            return result
+
+    Recorder(module).run(x)
+    return found
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(lambda m, x: x.relu().sum(1), id="a sum forgets them"),
+        pytest.param(lambda m, x: (x.relu().exp() * 2).sum(1), id="elementwise steps pass them on to a sum"),
+        pytest.param(lambda m, x: x.relu() @ x.t(), id="a matrix product forgets them"),
+        pytest.param(lambda m, x: torch.cat([x.relu(), x], 0), id="a concat copies"),
+        pytest.param(lambda m, x: x.relu().reshape(8)[1:] * 2, id="a reshape becomes a copy that nobody can tell"),
+        pytest.param(lambda m, x: x.relu().chunk(2, 1)[1].sum(1), id="through a tuple of views"),
+    ],
+)
+def test_strides_may_change_where_nobody_can_tell(body: Callable[..., Any]) -> None:
+    module, journal, _ = run(TRANSPOSE, body)
+    assert len(journal.rewrites) == 1
+    actual = actual_strides(module, torch.randn(2, 4))
+    for node in module.graph.nodes:
+        found = fxopt.ir.fake(node)
+        if found is not None and node.op == "call_function" and node.name in actual:
+            assert tuple(found.stride()) == actual[node.name], f"{node.name} has other strides than are known of it"
+
+
+def _kept(m: Any, x: torch.Tensor) -> torch.Tensor:
+    y = x.relu()
+    x.copy_(y)
+    return y.sum(1)
+
+
+def _opaque(m: Any, x: torch.Tensor) -> torch.Tensor:
+    return _looks(x.relu())
+
+
+@fx.wrap
+def _looks(x: torch.Tensor) -> torch.Tensor:
+    return x * 2 if x.is_contiguous() else x * 3
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        pytest.param(lambda m, x: x.relu(), "hands out permute", id="handed out"),
+        pytest.param(lambda m, x: x.relu() * 2, "hands out mul", id="an elementwise step is handed out"),
+        pytest.param(lambda m, x: x.relu()[:, 1:], "hands out slice", id="a view is handed out"),
+        pytest.param(lambda m, x: x.relu().reshape(8), "might then be a copy", id="a view becomes a copy"),
+        pytest.param(lambda m, x: torch.as_strided(x.relu(), (2,), (1,)) * 2, "reads memory by them", id="as_strided"),
+        pytest.param(lambda m, x: x.relu().clamp(0, 0).bernoulli().sum(1), "draws at random", id="draws in order"),
+        pytest.param(_kept, "writes", id="an operand of a write"),
+        pytest.param(lambda m, x: x.relu()[x > 0], "would give", id="a result of unknown size"),
+    ],
+)
+def test_strides_stay_because(body: Callable[..., Any], reason: str) -> None:
+    _, journal, _ = run(TRANSPOSE, body)
+    assert not journal.rewrites
+    assert re.search(reason, " ".join(reasons(journal))), reasons(journal)
+
+
+def test_strides_stay_where_an_opaque_node_reads_them() -> None:
+    module = fxopt.trace(Network(_opaque).eval())
+    backend.set_concrete_values(module, (torch.randn(2, 4),))
+    journal = Journal()
+    apply(TRANSPOSE, Editor(module), journal)
+    assert not journal.rewrites
+    assert "is opaque and may look at them" in reasons(journal)[0]
+
+
+def test_strides_stay_in_a_pass_that_promises_the_same_bits() -> None:
+    exact = Pass("exact", rules=TRANSPOSE.rules, numerics="bitwise")
+    _, journal, _ = run(exact, lambda m, x: x.relu().sum(1))
+    assert not journal.rewrites
+    assert any("the strides would change" in reason for reason in reasons(journal))
+
+
+def test_strides_that_only_a_dimension_of_one_has_do_not_matter() -> None:
+    def widened(match: Match, rewriter: Rewriter) -> fx.Node:
+        wide = rewriter.call(aten.cat.default, [match["x"], match["x"]], 1)
+        return rewriter.call(aten.clamp_min.default, rewriter.call(aten.slice.Tensor, wide, 1, 0, 4), 0)
+
+    rule = Rule("widened", call(aten.relu.default, var("x")), widened)
+    module = fxopt.trace(Network(lambda m, x: x.relu() * 2).eval(), (torch.randn(2, 4),))
+    backend.set_concrete_values(module, (torch.randn(1, 4),))
+    journal = Journal()
+    apply(Pass("widen", rules=(rule,)), Editor(module), journal)
+    assert len(journal.rewrites) == 1

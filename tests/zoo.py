@@ -57,3 +57,9 @@ def import_timm() -> ModuleType:
     """timm, which imports torchvision. ModuleNotFoundError where it is not installed."""
     make_torchvision_importable()
     return importlib.import_module("timm")
+
+
+def import_transformers() -> ModuleType:
+    """transformers, which looks for torchvision. ModuleNotFoundError where it is not installed."""
+    make_torchvision_importable()
+    return importlib.import_module("transformers")

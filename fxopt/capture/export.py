@@ -18,7 +18,7 @@ from torch.export import Dim
 from torch.export import _trace as export_trace
 from torch.export.graph_signature import InputKind, OutputKind
 
-from fxopt import check, ir, normalize
+from fxopt import check, hints, ir, normalize
 from fxopt.capture.program import Captured, FlatModel, Inputs, line_of_trace, strip_root, user_line_of_error
 from fxopt.errors import CaptureError, UsageError
 
@@ -42,10 +42,12 @@ def capture_export(
         doubled = _doubled(inputs)
         if doubled is not inputs:
             try:
-                return _export(model, doubled, dynamic_shapes, grad, notices)
+                captured = _export(model, doubled, dynamic_shapes, grad, notices)
             except CaptureError:
                 notices.append("the model does not take a batch of 2; it was captured for this batch size only")
                 return _export(model, inputs, None, grad, notices)
+            _remember_sizes(captured.module, inputs)
+            return captured
     return _export(model, inputs, dynamic_shapes, grad, notices)
 
 
@@ -60,6 +62,12 @@ def _doubled(inputs: Inputs) -> Inputs:
                 for tensor in inputs.tensors
             )
         )
+
+
+def _remember_sizes(module: fx.GraphModule, inputs: Inputs) -> None:
+    """Estimates are for the sizes that the user gave, not for the doubled ones."""
+    for node, tensor in zip(module.graph.find_nodes(op="placeholder"), inputs.tensors, strict=True):
+        hints.remember(zip(ir.shape(node) or (), tensor.shape, strict=False))
 
 
 def _dynamic(inputs: Inputs, dynamic_shapes: str | None) -> Any:
