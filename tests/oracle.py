@@ -1,6 +1,6 @@
-"""What a rewritten network must keep: values, structure, dtypes, strides, which results share memory with which, what is
-written to the inputs, and the original model. `Oracle` runs a `fxopt.testing.Network` and says what another run does
-differently.
+"""What a rewritten network must keep: values, structure, dtypes, strides, which results share memory with which, what
+it writes to its inputs, and the original model. `Oracle` runs a `fxopt.testing.Network` and says what another run does
+otherwise.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ class Oracle:
         return inputs
 
     def differences(self, call: Callable[..., Any], *, same_bits: bool = False) -> list[str]:
-        """What `call` does otherwise, as sentences; with `same_bits` every bit counts, in an exact network every number,
-        else what is no rounding."""
+        """What `call` does otherwise, in sentences; `same_bits`: every bit counts, in an exact network every number, in
+        another what is no rounding."""
         expected, actual = self.expected, run(call, self.inputs())
         if expected.structure != actual.structure:
             return [f"the results are {actual.structure}, not {expected.structure}"]
@@ -115,8 +115,11 @@ class Oracle:
         now = self.network.state_dict(keep_vars=True)
         if list(now) != list(self.before):
             return [f"the original has {list(now)}, not {list(self.before)}"]
-        changed = [name for name, (tensor, held) in self.before.items() if now[name] is not tensor or bits(tensor) != held]
-        return [f"the original's {name} was changed" for name in changed]
+        return [
+            f"the original's {name} was changed"
+            for name, (tensor, held) in self.before.items()
+            if now[name] is not tensor or bits(tensor) != held
+        ]
 
     # -- rounding ----------------------------------------------------------------------------------------------------
 

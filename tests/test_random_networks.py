@@ -18,7 +18,9 @@ from oracle import Oracle, captured, interpreted, on_random, rewritten
 
 SHARDS = 10
 
-numbers = pytest.mark.parametrize("exact", [True, False], ids=["every number in exact arithmetic", "float32 but for rounding"])
+numbers = pytest.mark.parametrize(
+    "exact", [True, False], ids=["every number in exact arithmetic", "float32 but for rounding"]
+)
 shards = pytest.mark.parametrize("shard", range(SHARDS), ids=lambda shard: f"part {shard + 1} of {SHARDS}")
 
 
@@ -56,9 +58,10 @@ def test_passes_that_promise_the_same_bits_keep_them(graphs: int, shard: int) ->
 
 def compiled(network: Network, front_end: str, **options: Any) -> fxopt.CompiledModule:
     """Compiled without verification, so that nothing is mended on the way."""
+    example = network.example_inputs() if front_end == "export" else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", fxopt.FxoptNotice)
-        return fxopt.compile(network, network.example_inputs() if front_end == "export" else None, verify=False, **options)
+        return fxopt.compile(network, example, verify=False, **options)
 
 
 @numbers

@@ -43,7 +43,14 @@ def activate(b: Builder, source: str) -> str:
 
 
 def convolve(
-    b: Builder, source: str, out: int = 0, kernel: int = 0, *, groups: int = 0, stride: int = 1, padding: int | None = None
+    b: Builder,
+    source: str,
+    out: int = 0,
+    kernel: int = 0,
+    *,
+    groups: int = 0,
+    stride: int = 1,
+    padding: int | None = None,
 ) -> str:
     """A convolution that keeps the size (or has the `padding` given) and gives `out` channels; 0 means any."""
     rank = b.rank(source)
@@ -93,9 +100,18 @@ def odd_convolution(b: Builder) -> None:
     source = b.real(4)
     channels = b.size(source, 1)
     options = b.pick(
-        ("(1, 3), padding=(0, 1)", "(3, 1), padding=(1, 0)", "3, padding=2, dilation=2", "3, padding='same'")
-        + tuple(f"3, padding=1, padding_mode='{mode}'" for mode in ("reflect", "circular", "replicate"))
-        + ("2, padding='valid'", "3, padding=1, stride=(1, 2)", "4, stride=2, padding=1")
+        (
+            "(1, 3), padding=(0, 1)",
+            "(3, 1), padding=(1, 0)",
+            "3, padding=2, dilation=2",
+            "3, padding='same'",
+            "2, padding='valid'",
+            "3, padding=1, stride=(1, 2)",
+            "4, stride=2, padding=1",
+            "3, padding=1, padding_mode='reflect'",
+            "3, padding=1, padding_mode='circular'",
+            "3, padding=1, padding_mode='replicate'",
+        )
     )
     layer = b.layer(f"nn.Conv2d({channels}, {b.pick((2, 4))}, {options}{b.typed(source)})")
     b.let(f"{layer}({source})")
@@ -194,14 +210,17 @@ def _constant(b: Builder, source: str, kind: str = "numbers") -> str:
     return b.layer(f"nn.Parameter({text})" if b.pick((False, True)) else text)
 
 
+AFFINE = ("{0} * {1}", "{0} + {1}", "{0} - {1}", "{1} - {0}", "{0} / {1}", "{1} * {0}", "{1} + {0}", "{0}.mul({1})",
+          "torch.add({0}, {1}, alpha=2)", "torch.sub({0}, {1}, alpha=0.5)", "{1} / {0}")  # fmt: skip
+
+
 def affine(b: Builder) -> None:
     """A value times, plus, minus, divided by constants, once or twice."""
     source = b.real()
     for _ in range(b.pick((1, 2, 3))):
         numbers = ("2", "0.5", "-1.0", "0.25", "1.0", "4")
         number = b.pick(numbers) if b.pick((False, False, True)) else ""
-        operation = b.pick(("{0} * {1}", "{0} + {1}", "{0} - {1}", "{1} - {0}", "{0} / {1}", "{1} * {0}", "{1} + {0}",
-                            "torch.add({0}, {1}, alpha=2)", "torch.sub({0}, {1}, alpha=0.5)", "{0}.mul({1})"))  # fmt: skip
+        operation = b.pick(AFFINE)
         other = number or _constant(b, source, "powers" if "/" in operation else "numbers")
         source = b.let(operation.format(source, other))
 

@@ -163,7 +163,7 @@ def there_and_back(b: Builder) -> None:
 def shuffle(b: Builder) -> None:
     """Channels shuffled, or pixels and channels exchanged."""
     source = b.real(4)
-    n, c, h, w = b.values[source].shape
+    _, c, h, w = b.values[source].shape
     b.let(b.pick((f"{source}.view({source}.shape[0], 2, {c // 2}, {h}, {w}).transpose(1, 2).reshape({source}.shape)",
                   f"F.pixel_shuffle({source}, 2)", f"F.pixel_unshuffle({source}, 2)",
                   f"F.channel_shuffle({source}, 2)")))  # fmt: skip
@@ -237,7 +237,8 @@ def reduction(b: Builder) -> None:
     """A sum, mean or maximum over dimensions."""
     source = b.real()
     b.let(b.pick(("{0}.sum(1)", "{0}.mean(-1)", "{0}.mean(1, keepdim=True)", "{0}.amax(-1)", "{0}.sum((0, 1))",
-                  "{0}.sum()", "{0}.max(1)[0]", "{0}.sum(-1, keepdim=True)", "{0}.cumsum(1)")).format(source))  # fmt: skip
+                  "{0}.sum()", "{0}.max(1)[0]", "{0}.sum(-1, keepdim=True)",
+                  "{0}.cumsum(1)")).format(source))  # fmt: skip
 
 
 def padded(b: Builder) -> None:

@@ -50,7 +50,7 @@ class Numbers:
     def powers(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Positive numbers to divide by: powers of two where arithmetic is to be exact."""
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        drawn = 2.0 ** self._whole(-1, 1, shape) if self.exact else self._uniform(0.5, 2, shape)
+        drawn: torch.Tensor = 2.0 ** self._whole(-1, 1, shape) if self.exact else self._uniform(0.5, 2, shape)
         return drawn.to(dtype)
 
     def integers(self, high: int, *shape: int) -> torch.Tensor:
@@ -154,7 +154,7 @@ class Network(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Takes what `__getstate__` gave."""
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._compile()
 
     def example_inputs(self) -> tuple[torch.Tensor, ...]:

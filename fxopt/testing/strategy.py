@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 Word = Callable[[Builder], None]
 
-SHAPES = ((2, 4, 4, 4), (2, 4, 6, 4), (2, 6, 4), (3, 4), (2, 4, 4, 4), (3, 4, 5, 4), (2, 4, 4), (1, 4, 4, 4), (2, 2, 5, 3),
-          (2, 8, 2, 2))  # fmt: skip
+SHAPES = ((2, 4, 4, 4), (2, 4, 6, 4), (2, 6, 4), (3, 4), (2, 4, 4, 4), (3, 4, 5, 4), (2, 4, 4), (1, 4, 4, 4),
+          (2, 2, 5, 3), (2, 8, 2, 2))  # fmt: skip
 STRUCTURES = ("{0}", "{0}", "{0}, {1}", "{{'a': {0}, 'b': {1}}}", "({0}, [{1}, {2}])", "{0}, {1}, {2}",
               "{{'a': ({0}, {1}), 'b': None}}", "[{0}]")  # fmt: skip
 #: Bytes for one word's choices.
@@ -64,7 +64,8 @@ def networks(*, exact: bool = False, writes: bool = True, max_steps: int = 8) ->
 
     @st.composite
     def drawn(draw: Any) -> Network:
-        step = st.tuples(st.sampled_from(words(exact=exact, writes=writes)), st.binary(min_size=CHOICES, max_size=CHOICES))
+        choices = st.binary(min_size=CHOICES, max_size=CHOICES)
+        step = st.tuples(st.sampled_from(words(exact=exact, writes=writes)), choices)
         steps = draw(st.lists(step, min_size=1, max_size=max_steps))
         shape, results = draw(st.sampled_from(SHAPES)), draw(st.binary(min_size=6, max_size=6))
         return build(steps, shape, results, draw(st.integers(0, 2**16)), exact=exact)
