@@ -123,11 +123,15 @@ def settle(
 
     for root, result in pairs:
         tell(readers[root], _change(result, ir.value(root), ir.value(result)))
+    # The model hands out results in place of roots by now; the aliases know the roots.
+    twins = {result: root for root, result in pairs if result not in aliases.group}
+    leaves = editor.graph.output_node().all_input_nodes
+    handed_out = {aliases.root(twins.get(leaf, leaf)) for leaf in leaves}
     while queue:
         _, node = heapq.heappop(queue)
         changes = waiting.pop(node)
         shown = next((change for change in changes if change.shows), None)
-        refusal = None if shown is None else _told(node, shown, aliases)
+        refusal = None if shown is None else _told(node, shown, aliases, handed_out)
         if refusal is not None:
             return refusal
         if node.op == "output":
@@ -150,8 +154,11 @@ def settle(
     return None
 
 
-def _told(node: fx.Node, change: _Change, aliases: effects.Aliases) -> NoMatch | None:
-    """How `node` would show that an operand has other strides, whatever it computes from it."""
+def _told(node: fx.Node, change: _Change, aliases: effects.Aliases, handed_out: set[fx.Node]) -> NoMatch | None:
+    """How `node` would show that an operand has other strides, whatever it computes from it.
+
+    `handed_out` has the roots of what the model hands out.
+    """
     if node.op == "output":
         return NoMatch(f"{change}, and the model hands out {change.operand.name}", change.operand)
     why = effects.strides_matter(node)
@@ -160,8 +167,7 @@ def _told(node: fx.Node, change: _Change, aliases: effects.Aliases) -> NoMatch |
     if effects.may_view(node):
         # It views or copies, as the strides have it. That shows where results share memory, and in a write.
         root = aliases.root(node)
-        handed_out = root in {aliases.root(result) for result in node.graph.output_node().all_input_nodes}
-        if handed_out or aliases.written_after(node, (node,)) is not None:
+        if root in handed_out or aliases.written_after(node, (node,)) is not None:
             return NoMatch(f"{change}, and {node.name} might then be a copy, or no copy any more", node)
     return None
 

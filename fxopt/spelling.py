@@ -115,11 +115,8 @@ def _functional() -> dict[Any, Callable[[dict[str, Any]], Call | None]]:
         return lambda a: (inplace if a["inplace"] else op, (a["input"], a["p"], a["training"]), {})
 
     def interpolate(a: dict[str, Any]) -> Call | None:
-        names = {
-            "nearest": (aten.upsample_nearest2d.vec, ()),
-            "bilinear": (aten.upsample_bilinear2d.vec, (bool(a["align_corners"]),)),
-        }
-        if a["antialias"] or a["mode"] not in names or a["recompute_scale_factor"]:
+        # Of the modes only this one says how many dimensions the input has; which operator another is waits for that.
+        if a["mode"] != "bilinear" or a["antialias"] or a["recompute_scale_factor"]:
             return None
         size, scale = a["size"], a["scale_factor"]
         if isinstance(size, int):
@@ -128,8 +125,8 @@ def _functional() -> dict[Any, Callable[[dict[str, Any]], Call | None]]:
             scale = [float(scale), float(scale)]
         if isinstance(size, fx.Node) or isinstance(scale, fx.Node):
             return None
-        op, extra = names[a["mode"]]
-        return op, (a["input"], size, *extra, None if scale is None else [float(s) for s in scale]), {}
+        scales = None if scale is None else [float(s) for s in scale]
+        return aten.upsample_bilinear2d.vec, (a["input"], size, bool(a["align_corners"]), scales), {}
 
     return {
         F.relu: unary(aten.relu.default, aten.relu_.default),

@@ -50,6 +50,18 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`pytest --graphs 20000`: more random networks than usual."""
+    parser.addoption("--graphs", type=int, default=2000, metavar="N", help="how many random networks (default: 2000)")
+
+
+@pytest.fixture(scope="session")
+def graphs(request: pytest.FixtureRequest) -> int:
+    """How many random networks the tests of random networks go through together."""
+    count: int = request.config.getoption("--graphs")
+    return count
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     """Each test draws the same numbers whatever ran before it on its worker."""

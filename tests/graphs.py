@@ -82,7 +82,8 @@ def unmodified(model: nn.Module) -> Iterator[None]:
 
 def bits(tensor: torch.Tensor) -> bytes:
     """A tensor's memory, which tells -0.0 from 0.0 and one NaN from another."""
-    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+    packed = tensor.detach().clone(memory_format=torch.contiguous_format)
+    return packed.view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
 
 
 def compiled_by(

@@ -59,7 +59,12 @@ LAYERS = (
     "render",
     "compiler",
     "verification",
-    "testing",  # what a plugin's tests use
+    "testing.network",  # what a plugin's tests use
+    "testing.builder",
+    "testing.layers",
+    "testing.moves",
+    "testing.strategy",
+    "testing",
     "benchmark",
     "models",  # what the command line names
     "doctor",

@@ -1,85 +1,79 @@
-"""Whole random networks stay what they are: through both front ends, every pass and the quickest backend.
+"""Whole random networks stay what they are: through the pipeline, both front ends and the quickest backend.
 
-`python tests/test_random_networks.py FIRST LAST` goes through more seeds than the tests do.
+`pytest --graphs 20000 tests/test_random_networks.py` goes through more of them.
 """
 
 from __future__ import annotations
 
-import copy
-import sys
 import warnings
 from typing import Any
 
 import pytest
-import torch
-from torch.utils import _pytree as pytree
+from hypothesis import event
 
 import fxopt
-from fxopt.compare import compare
-from fxopt.testing import RandomNetwork, random_network
+from fxopt import plugins
+from fxopt.testing import Network, networks
+from oracle import Oracle, captured, interpreted, on_random, rewritten
+
+SHARDS = 10
+
+numbers = pytest.mark.parametrize(
+    "exact", [True, False], ids=["every number in exact arithmetic", "float32 but for rounding"]
+)
+shards = pytest.mark.parametrize("shard", range(SHARDS), ids=lambda shard: f"part {shard + 1} of {SHARDS}")
 
 
-def sharing(results: list[Any]) -> list[list[int]]:
-    """Which results share memory with which."""
-    places = [result.untyped_storage().data_ptr() for result in results]
-    return [[other for other, held in enumerate(places) if held == place] for place in places]
+@numbers
+@shards
+def test_the_pipeline_keeps(graphs: int, exact: bool, shard: int) -> None:
+    passes = plugins.default_pipeline()
+
+    def check(network: Network) -> None:
+        oracle = Oracle(network)
+        module = captured(network, *oracle.inputs())
+        journal = rewritten(module, passes).journal
+        for rule in {f"{rewrite.pass_name}: {rewrite.rule}" for rewrite in journal.rewrites}:
+            event(rule)
+        assert not oracle.differences(interpreted(module)), journal.rewrites
+        before = str(module.graph)
+        assert not rewritten(module, passes).journal.rewrites, "the pipeline is not idempotent"
+        assert str(module.graph) == before
+
+    on_random(networks(exact=exact), graphs // (2 * SHARDS), shard, check)
 
 
-def differences(net: RandomNetwork, x: torch.Tensor, front_end: str, *, exact: bool) -> list[str]:
-    """What a compiled network does differently; verification is off, so that nothing is mended on the way."""
-    with torch.no_grad(), warnings.catch_warnings():
+@shards
+def test_passes_that_promise_the_same_bits_keep_them(graphs: int, shard: int) -> None:
+    passes = [current for current in plugins.default_pipeline() if current.numerics == "bitwise"]
+
+    def check(network: Network) -> None:
+        oracle = Oracle(network, special=True)
+        module = captured(network, *oracle.inputs())
+        rewrites = rewritten(module, passes, "bitwise").journal.rewrites
+        assert not oracle.differences(interpreted(module), same_bits=True), rewrites
+
+    on_random(networks(), graphs // (4 * SHARDS), shard, check)
+
+
+def compiled(network: Network, front_end: str, **options: Any) -> fxopt.CompiledModule:
+    """Compiled without verification, so that nothing is mended on the way."""
+    example = network.example_inputs() if front_end == "export" else None
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", fxopt.FxoptNotice)
-        expected = pytree.tree_leaves(net(x.clone()))
-        fast = fxopt.compile(net, (x,) if front_end == "export" else None, verify=False)
-        pytree.tree_leaves(fast(x.clone()))
-        actual = pytree.tree_leaves(fast(x.clone()))
-
-    def reference() -> list[Any]:
-        with torch.no_grad():
-            return pytree.tree_leaves(copy.deepcopy(net).double()(x.double()))
-
-    verdict = compare(expected, actual, reference=reference, bitwise=exact)
-    found = [] if verdict.ok else [verdict.reason]
-    if sharing(expected) != sharing(actual):
-        found.append(f"results share memory otherwise: {sharing(actual)} instead of {sharing(expected)}")
-    found += [f"{result.name} {result.status}: {result.reason}" for result in fast.report.passes if result.reason]
-    return found + [notice for notice in fast.report.notices if "failed" in notice]
+        return fxopt.compile(network, example, verify=False, **options)
 
 
-@pytest.mark.parametrize("exact", [True, False], ids=["the same bits in exact arithmetic", "float32 within rounding"])
-@pytest.mark.parametrize("first", range(0, 60, 20), ids=lambda first: f"seeds {first} to {first + 19}")
-def test_random_networks_traced_symbolically_stay_equal(first: int, exact: bool) -> None:
-    for seed in range(first, first + 20):
-        net, (x,) = random_network(seed, exact=exact)
-        assert not differences(net, x, "symbolic", exact=exact), f"random_network({seed}, exact={exact})\n{net}"
+@numbers
+@pytest.mark.parametrize(("front_end", "share"), [("symbolic", 10), ("export", 40)])
+def test_compiling_keeps(graphs: int, front_end: str, share: int, exact: bool) -> None:
+    def check(network: Network) -> None:
+        oracle = Oracle(network)
+        fast = compiled(network, front_end)
+        for _ in range(2):  # the first call makes the specialisation that the second finds
+            assert not oracle.differences(fast), fast.report.rewrites
+        event(f"backend: {fast.report.backend}")
+        assert all(result.status == "done" for result in (*fast.report.passes, *fast.report.lowering)), fast.report
+        assert not [notice for notice in fast.report.notices if "failed" in notice]
 
-
-@pytest.mark.parametrize("exact", [True, False], ids=["the same bits in exact arithmetic", "float32 within rounding"])
-def test_random_networks_captured_by_export_stay_equal(exact: bool) -> None:
-    for seed in range(500, 510):
-        net, (x,) = random_network(seed, exact=exact)
-        assert not differences(net, x, "export", exact=exact), f"random_network({seed}, exact={exact})\n{net}"
-
-
-def test_a_seed_gives_one_network() -> None:
-    first, second = random_network(7), random_network(7)
-    assert first[0].extra_repr() == second[0].extra_repr()
-    assert torch.equal(first[1][0], second[1][0])
-
-
-def main(first: int, last: int) -> None:
-    """Goes through seeds, printing those that differ."""
-    wrong = 0
-    for seed in range(first, last):
-        for front_end in ("symbolic", "export"):
-            exact = seed % 2 == 0
-            net, (x,) = random_network(seed, size=14, exact=exact)
-            found = differences(net, x, front_end, exact=exact)
-            if found:
-                wrong += 1
-                print(seed, front_end, exact, *found, sep="\n  ")
-    print(f"{last - first} networks, both front ends: {wrong} differ")
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    on_random(networks(exact=exact), graphs // (2 * share), share, check)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from types import MethodType
 from typing import Any
 
 import pytest
 import torch
 from torch import fx, nn
+from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import fxopt
@@ -129,6 +131,13 @@ def test_a_forward_given_to_one_object_is_the_one_that_is_traced(layer: nn.Modul
     torch.testing.assert_close(traced(model, x), model(x))
 
 
+def test_a_forward_given_to_the_model_itself_is_the_one_that_is_traced() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU()).eval()
+    model.forward = MethodType(lambda self, x, y: self[0](x) + y, model)  # type: ignore[method-assign]
+    x, y = torch.randn(2, 4), torch.randn(2, 4)
+    torch.testing.assert_close(fxopt.compile(model)(x, y), model(x, y))
+
+
 @pytest.mark.parametrize(
     ("model", "inputs"),
     [
@@ -186,6 +195,13 @@ def test_what_happens_anew_in_each_call_is_not_traced_but_exported(body: Any, me
 def test_a_trace_tells_devices_dtypes_and_shapes_of_other_tensors_apart(body: Any) -> None:
     model, x, y = TwoInputs(body), torch.randn(2, 6), torch.randn(3, 4, dtype=torch.float64)
     torch.testing.assert_close(traced(model, x, y), model(x, y))
+
+
+@front_ends
+@pytest.mark.parametrize("sizes", [(5,), (5, 4), (5, 4, 3)], ids=["1d", "2d", "3d"])
+def test_a_map_of_any_rank_is_enlarged(front_end: str, sizes: tuple[int, ...]) -> None:
+    model, x = Network(lambda m, x: F.interpolate(x, scale_factor=2) + 1), torch.randn(2, 3, *sizes)
+    torch.testing.assert_close(compiled(front_end, model, x)(x), model(x))
 
 
 @front_ends

@@ -320,13 +320,13 @@ def required_inputs(model: torch.nn.Module) -> Inputs:
     Raises CaptureError where forward takes `*args` or lacks a readable signature.
     """
     try:
-        parameters = inspect.signature(type(model).forward).parameters.values()
+        parameters = inspect.signature(model.forward).parameters.values()
     except (TypeError, ValueError) as error:
         raise CaptureError(
             f"the signature of forward cannot be read: {error}", hint="give example inputs: fxopt.compile(model, (x,))"
         ) from error
     required = []
-    for parameter in list(parameters)[1:]:
+    for parameter in parameters:
         if parameter.kind is parameter.VAR_POSITIONAL:
             raise CaptureError(
                 "forward takes *args, so what it is called with cannot be known",
