@@ -261,6 +261,8 @@ def explain(subject: str, before: fx.GraphModule, after: fx.GraphModule, report:
         decline
         for decline in report.declines
         if (concerns(decline.origins) or decline.node in names) and decline.node not in gone
+        # Patterns that are not there are news only where nothing happened.
+        and (decline.fits or not rewrites)
     )
     lines = tuple(dict.fromkeys(origin.line for node in was for origin in ir.origins(node) if origin.line))
     absent = tuple(result for result in report.passes if result.status != "done")
