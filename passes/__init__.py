@@ -25,6 +25,7 @@ from .merge_siblings import PASS as MERGE_SIBLINGS
 from .recognise_activations import PASS as RECOGNISE_ACTIVATIONS
 from .simplify_activations import PASS as SIMPLIFY_ACTIVATIONS
 from .simplify_shapes import PASS as SIMPLIFY_SHAPES
+from .spell_linear import PASS as SPELL_LINEAR
 
 PASSES: tuple[Pass | tuple[Pass, ...], ...] = (
     (
@@ -46,4 +47,14 @@ PASSES: tuple[Pass | tuple[Pass, ...], ...] = (
         ELIMINATE_CONCAT,  # after merging: the parts of a concat are then pieces of one wide layer
     ),
     ALLOCATE_BUFFERS,  # last: who owns which memory is settled when no value comes or goes any more
+PASSES: tuple[Pass, ...] = (
+    DROP_IDENTITIES,  # first: a dropout between two layers hides them from every pattern
+    SIMPLIFY_SHAPES,  # early: two moves in a row hide from a pattern what one would show
+    CANCEL_TRANSPOSES,  # behind shapes: a reshape that does nothing keeps two transposes apart
+    SPELL_LINEAR,  # before anything looks for linear layers
+    FOLD_AFFINE,  # before norms are folded: a constant between a layer and its norm keeps them apart
+    FOLD_BATCHNORM,  # before fusion: a norm stands between a convolution and its activation
+    FUSE_CONV_ACTIVATION,  # after folding: the activation now reads the convolution itself
+    FUSE_LINEAR_ACTIVATION,
+    ELIMINATE_DEAD_CODE,  # last: what the others left unread
 )

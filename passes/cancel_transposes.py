@@ -104,15 +104,22 @@ CHAIN, AROUND = "transpose-of-transpose", "transposes-around-elementwise"
 def order_of(node: fx.Node) -> tuple[int, ...] | None:
     """For each dim of a transpose's result the dim of its input; None where the rank is not known."""
     source = node.args[0]
-    rank = ir.rank(source) if isinstance(source, fx.Node) else None
-    if rank is None and isinstance(source, fx.Node) and source.target in TRANSPOSES:
-        inner = order_of(source)
-        rank = None if inner is None else len(inner)
+    assert isinstance(source, fx.Node)
+    rank = _rank(source)
     if rank is None or any(operand is not source for operand in node.all_input_nodes):
         return None
     probe = torch.empty_strided([1] * rank, list(range(rank)), device="meta")  # its strides are the names of its dims
     moved = node.target(probe, *node.args[1:], **node.kwargs)  # type: ignore[operator]
     return tuple(moved.stride())
+
+
+def _rank(node: fx.Node) -> int | None:
+    """The rank of a value; of a constant it is known, and of a transpose it is its input's."""
+    held = ir.tensor(node)
+    if held is not None:
+        return held.dim()
+    known, source = ir.rank(node), node.args[0] if node.args else None
+    return _rank(source) if known is None and node.target in TRANSPOSES and isinstance(source, fx.Node) else known
 
 
 def _composed(second: Sequence[int], first: Sequence[int]) -> list[int] | None:
