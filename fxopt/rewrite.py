@@ -212,6 +212,13 @@ class Rewriter:
         )
         return result
 
+    def attempt(self, rule: Rule, root: fx.Node) -> fx.Node | NoMatch:
+        """Applies one rule at one node under all that the driver sees to; why it does not apply is recorded."""
+        result = _try(rule, root, self)
+        if isinstance(result, NoMatch):
+            self.decline(root, result.reason, rule=rule.name, fits=result.fits)
+        return result
+
     def insert_between(self, operand: fx.Node, reader: fx.Node, build: Callable[[], fx.Node], *, rule: str) -> fx.Node:
         """Lets `reader` read what `build` makes of `operand`, right behind it; others go on reading `operand`."""
         mark = self.editor.mark()
@@ -342,9 +349,8 @@ def apply(current: Pass, editor: Editor, journal: Journal, *, budget: int | None
         if node._erased:
             continue
         for rule in by_root.get(node.target, ()):
-            result = _try(rule, node, rewriter)
+            result = rewriter.attempt(rule, node)
             if isinstance(result, NoMatch):
-                rewriter.decline(node, result.reason, rule=rule.name, fits=result.fits)
                 continue
             count += 1
             if count > limit:

@@ -13,11 +13,13 @@ from .fold_affine import PASS as FOLD_AFFINE
 from .fold_batchnorm import PASS as FOLD_BATCHNORM
 from .fuse_conv_activation import PASS as FUSE_CONV_ACTIVATION
 from .fuse_linear_activation import PASS as FUSE_LINEAR_ACTIVATION
+from .merge_parallel_branches import PASS as MERGE_PARALLEL_BRANCHES
 
 PASSES: tuple[Pass, ...] = (
     DROP_IDENTITIES,  # first: a dropout between two layers hides them from every pattern
     FOLD_AFFINE,  # before norms are folded: a constant between a layer and its norm keeps them apart
     FOLD_BATCHNORM,  # before fusion: a norm stands between a convolution and its activation
+    MERGE_PARALLEL_BRANCHES,  # after folding: each branch has its norm with it; before fusion, which takes sums
     FUSE_CONV_ACTIVATION,  # after folding: the activation now reads the convolution itself
     FUSE_LINEAR_ACTIVATION,
     ELIMINATE_DEAD_CODE,  # last: what the others left unread
