@@ -274,6 +274,13 @@ class Rewriter:
         self.journal.rewrites.append(Rewrite(self.current.name, rule, replaced, removed, added, self._origin))
         return results
 
+    def attempt(self, rule: Rule, root: fx.Node) -> fx.Node | NoMatch:
+        """Applies one rule at one node under all that the driver sees to; why it does not apply is recorded."""
+        result = _try(rule, root, self)
+        if isinstance(result, NoMatch):
+            self.decline(root, result.reason, rule=rule.name, fits=result.fits)
+        return result
+
     def insert_between(self, operand: fx.Node, reader: fx.Node, build: Callable[[], fx.Node], *, rule: str) -> fx.Node:
         """Lets `reader` read what `build` makes of `operand`, right behind it; others go on reading `operand`."""
         mark = self.editor.mark()
@@ -439,9 +446,8 @@ def _run_rules(rules: Iterable[Rule], rewriter: Rewriter, limit: int) -> None:
         if node._erased:
             continue
         for rule in by_root.get(node.target, ()):
-            result = _try(rule, node, rewriter)
+            result = rewriter.attempt(rule, node)
             if isinstance(result, NoMatch):
-                rewriter.decline(node, result.reason, rule=rule.name, fits=result.fits)
                 continue
             count += 1
             if count > limit:

@@ -26,6 +26,7 @@ from .recognise_activations import PASS as RECOGNISE_ACTIVATIONS
 from .simplify_activations import PASS as SIMPLIFY_ACTIVATIONS
 from .simplify_shapes import PASS as SIMPLIFY_SHAPES
 from .spell_linear import PASS as SPELL_LINEAR
+from .merge_parallel_branches import PASS as MERGE_PARALLEL_BRANCHES
 
 PASSES: tuple[Pass | tuple[Pass, ...], ...] = (
     (
@@ -54,6 +55,7 @@ PASSES: tuple[Pass, ...] = (
     SPELL_LINEAR,  # before anything looks for linear layers
     FOLD_AFFINE,  # before norms are folded: a constant between a layer and its norm keeps them apart
     FOLD_BATCHNORM,  # before fusion: a norm stands between a convolution and its activation
+    MERGE_PARALLEL_BRANCHES,  # after folding: each branch has its norm with it; before fusion, which takes sums
     FUSE_CONV_ACTIVATION,  # after folding: the activation now reads the convolution itself
     FUSE_LINEAR_ACTIVATION,
     ELIMINATE_DEAD_CODE,  # last: what the others left unread
