@@ -21,12 +21,12 @@ from .fold_constants import PASS as FOLD_CONSTANTS
 from .fold_padding import PASS as FOLD_PADDING
 from .fuse_conv_activation import PASS as FUSE_CONV_ACTIVATION
 from .fuse_linear_activation import PASS as FUSE_LINEAR_ACTIVATION
+from .merge_parallel_branches import PASS as MERGE_PARALLEL_BRANCHES
 from .merge_siblings import PASS as MERGE_SIBLINGS
 from .recognise_activations import PASS as RECOGNISE_ACTIVATIONS
 from .simplify_activations import PASS as SIMPLIFY_ACTIVATIONS
 from .simplify_shapes import PASS as SIMPLIFY_SHAPES
 from .spell_linear import PASS as SPELL_LINEAR
-from .merge_parallel_branches import PASS as MERGE_PARALLEL_BRANCHES
 
 PASSES: tuple[Pass | tuple[Pass, ...], ...] = (
     (
@@ -36,27 +36,18 @@ PASSES: tuple[Pass | tuple[Pass, ...], ...] = (
         SIMPLIFY_SHAPES,  # two moves in a row hide from a pattern what one would show
         CANCEL_TRANSPOSES,  # behind shapes: a reshape that does nothing keeps two transposes apart
         ELIMINATE_COMMON_SUBEXPRESSIONS,  # a ReLU that is computed twice makes two readers of a layer
+        SPELL_LINEAR,  # before anything looks for linear layers
         FOLD_CONSTANTS,  # before what asks for constants: a standardised weight, a reshaped scale become one
         SIMPLIFY_ACTIVATIONS,  # before fusion, which takes one activation behind a layer
         RECOGNISE_ACTIVATIONS,  # before affine folds: the 3 and 6 of a hardswish would move into the layers beside it
         FOLD_PADDING,  # before other folds: padding between a norm and a convolution keeps them apart
         FOLD_AFFINE,  # before norms are folded: a constant between a layer and its norm keeps them apart
         FOLD_BATCHNORM,  # before fusion: a norm stands between a convolution and its activation
+        MERGE_PARALLEL_BRANCHES,  # after folding: each branch has its norm with it; before fusion, which takes sums
         FUSE_CONV_ACTIVATION,  # after folding: the activation now reads the convolution itself
         FUSE_LINEAR_ACTIVATION,
         MERGE_SIBLINGS,  # after fusion: siblings have their activations with them, and the wide layer one for all
         ELIMINATE_CONCAT,  # after merging: the parts of a concat are then pieces of one wide layer
     ),
     ALLOCATE_BUFFERS,  # last: who owns which memory is settled when no value comes or goes any more
-PASSES: tuple[Pass, ...] = (
-    DROP_IDENTITIES,  # first: a dropout between two layers hides them from every pattern
-    SIMPLIFY_SHAPES,  # early: two moves in a row hide from a pattern what one would show
-    CANCEL_TRANSPOSES,  # behind shapes: a reshape that does nothing keeps two transposes apart
-    SPELL_LINEAR,  # before anything looks for linear layers
-    FOLD_AFFINE,  # before norms are folded: a constant between a layer and its norm keeps them apart
-    FOLD_BATCHNORM,  # before fusion: a norm stands between a convolution and its activation
-    MERGE_PARALLEL_BRANCHES,  # after folding: each branch has its norm with it; before fusion, which takes sums
-    FUSE_CONV_ACTIVATION,  # after folding: the activation now reads the convolution itself
-    FUSE_LINEAR_ACTIVATION,
-    ELIMINATE_DEAD_CODE,  # last: what the others left unread
 )
