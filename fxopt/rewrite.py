@@ -168,6 +168,14 @@ class Rewriter:
 
     # -- one rewrite -------------------------------------------------------------------------------------------------
 
+    def guard(self, root: fx.Node, nodes: Iterable[fx.Node], shared: Iterable[fx.Node] = ()) -> NoMatch | None:
+        """What the driver asks of every rule's match, for a pass function to ask of `nodes` that `root` stands for.
+
+        Nodes behind the root and beside the `shared` ones have no reader outside, all are pure, and nothing writes to
+        their values in between.
+        """
+        return _driver_guard(Match(root, tuple(nodes), {}, frozenset(shared)), self)
+
     def substitute(
         self, root: fx.Node, build: Callable[[], fx.Node], *, rule: str, nodes: Iterable[fx.Node] = ()
     ) -> fx.Node | NoMatch:

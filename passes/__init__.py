@@ -11,6 +11,7 @@ from .drop_identities import PASS as DROP_IDENTITIES
 from .eliminate_dead_code import PASS as ELIMINATE_DEAD_CODE
 from .fold_affine import PASS as FOLD_AFFINE
 from .fold_batchnorm import PASS as FOLD_BATCHNORM
+from .fuse_attention import PASS as FUSE_ATTENTION
 from .fuse_conv_activation import PASS as FUSE_CONV_ACTIVATION
 from .fuse_linear_activation import PASS as FUSE_LINEAR_ACTIVATION
 
@@ -18,6 +19,7 @@ PASSES: tuple[Pass, ...] = (
     DROP_IDENTITIES,  # first: a dropout between two layers hides them from every pattern
     FOLD_AFFINE,  # before norms are folded: a constant between a layer and its norm keeps them apart
     FOLD_BATCHNORM,  # before fusion: a norm stands between a convolution and its activation
+    FUSE_ATTENTION,  # after folding: a scale behind the projection of q is in its weight, and need not be taken along
     FUSE_CONV_ACTIVATION,  # after folding: the activation now reads the convolution itself
     FUSE_LINEAR_ACTIVATION,
     ELIMINATE_DEAD_CODE,  # last: what the others left unread
