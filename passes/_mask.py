@@ -32,6 +32,7 @@ _PICKING: tuple[Any, ...] = (
     *(aten.to.dtype, aten.type_as.default, aten.repeat.default),
 )
 _WHERE: tuple[Any, ...] = (aten.where.self, aten.where.ScalarSelf, aten.where.ScalarOther, aten.where.Scalar)
+_SUMS: tuple[Any, ...] = (aten.add.Tensor, aten.sub.Tensor, aten.rsub.Scalar)
 _MASKED_FILLS: tuple[Any, ...] = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
 
 
@@ -98,7 +99,7 @@ class Facts:
             return None
         if node.target in _PICKING:
             return self.bounds(node.args[0])
-        if node.target not in (*_WHERE, *_MASKED_FILLS, aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor):
+        if node.target not in (*_WHERE, *_MASKED_FILLS, *_SUMS, aten.mul.Tensor):
             return None
         given = ir.arguments(node)
         left, right = self.bounds(given["self"]), self.bounds(given.get("other", given.get("value")))
@@ -109,7 +110,9 @@ class Facts:
         if node.target is aten.mul.Tensor:
             corners = [x * y for x in left for y in right]
             return min(corners), max(corners)
-        if node.target is aten.sub.Tensor:
+        if node.target is aten.rsub.Scalar:
+            left, right = right, left
+        if node.target is not aten.add.Tensor:
             right = (-right[1], -right[0])
         return left[0] + right[0], left[1] + right[1]
 
@@ -151,8 +154,8 @@ def plan(attention: Attention, facts: Facts) -> Plan | NoMatch:
     constants = [(mask, _as_sum(mask, value)) for mask, value in held if value is not None]
     lows = [_lowest(mask, facts) for mask in added]
     lows += [float(part[part.isfinite()].min()) for _, part in constants if bool(part.isfinite().any())]
-    if len(lows) > 1 and not -sum(lows) <= _limit(ir.dtype(attention.masks[0].node)):
-        return NoMatch("two masks together may leave the range of the scores' dtype, and empty a row", attention.root)
+    if lows and not -sum(lows) <= _limit(ir.dtype(attention.masks[0].node)):
+        return NoMatch("the masks together may leave the range of the scores' dtype, and empty a row", attention.root)
     return _combined(attention, constants, added) if constants else Plan(added=added)
 
 

@@ -17,6 +17,7 @@ behind the product with v, not in front of it, and keeps scores of half precisio
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,20 +30,20 @@ from fxopt import UNKNOWN, NoMatch, Pass, Rewriter, ir
 
 from . import _attention, _mask
 from ._attention import Attention, Operand, Sizes
+from ._contraction import permutation
 
 aten = torch.ops.aten
 
 #: From so many keys on, copies of q, k and v cost little beside the scores that are not written.
 _MANY_KEYS = 512
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-#: What may follow the result and only looks at its values: moves of axes, and then what is fresh or contiguous.
-_MOVES: tuple[Any, ...] = (aten.transpose.int, aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim)
-_SETTLES: tuple[Any, ...] = (
-    aten.reshape.default,
-    aten.flatten.using_ints,
-    aten.contiguous.default,
-    aten.clone.default,
-)
+#: What may follow the result behind transposes, and gives strides that do not depend on the result's.
+_SETTLES: tuple[Any, ...] = (aten.reshape.default, aten.flatten.using_ints, aten.contiguous.default, aten.clone.default)
+
+
+def _widened(dtype: torch.dtype) -> torch.dtype:
+    """What the operator computes in."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 # -- guards ----------------------------------------------------------------------------------------------------------
@@ -56,7 +57,7 @@ def _dtype_guard(found: Attention) -> NoMatch | None:
         return NoMatch(f"{UNKNOWN}the dtypes of q, k and v", found.root)
     if dtype not in _FLOATS or set(dtypes) != {dtype} or ir.dtype(found.root) != dtype:
         return NoMatch(f"q, k, v and the result have the dtypes {[*dtypes, ir.dtype(found.root)]}", found.root)
-    wide = torch.promote_types(dtype, torch.float32)
+    wide = _widened(dtype)
     for node in found.nodes:
         if ir.dtype(node) not in (dtype, wide):
             return NoMatch(f"{node.name} is {ir.dtype(node)}, where the operator computes in {wide}", node)
@@ -68,6 +69,8 @@ def _dtype_guard(found: Attention) -> NoMatch | None:
 
 def _shape_guard(found: Attention, target: Sizes) -> NoMatch | None:
     """The batch has at most two dimensions; where it is regrouped, its sizes are known well enough to say how."""
+    if not math.isfinite(found.scale):
+        return NoMatch(f"the scale is {found.scale}", found.root)
     if len(target) > 2:
         return NoMatch(f"the batch has {len(target)} dimensions, and the operator's kernels take two", found.root)
     parts = (found.q, found.k, found.v)
@@ -157,9 +160,12 @@ class _Builder:
     def _masks(self) -> fx.Node | None:
         """All masks as one tensor of two or four dimensions."""
         call, dtype = self.rewriter.call, ir.dtype(self.found.q.node)
+        assert dtype is not None
         parts = []
-        if self.plan.constant is not None:
-            parts.append(self._moved(self._constant(self.plan.constant), self.plan.lead))
+        constant = self.plan.constant
+        if constant is not None:
+            constant = constant if constant.dtype is torch.bool else constant.to(_widened(dtype))
+            parts.append(self._moved(self._constant(constant), self.plan.lead))
         for mask in self.plan.added:
             value, scale = mask.value, mask.scale
             if mask.fill is not None:
@@ -173,7 +179,8 @@ class _Builder:
         whole = parts[0] if parts else None
         for part in parts[1:]:
             whole = call(aten.add.Tensor, whole, part)
-        if whole is not None and ir.dtype(whole) not in (torch.bool, torch.float32, dtype):
+        # The CPU's kernel takes a float32 mask beside float64, and reads it as float64 (torch 2.13).
+        if whole is not None and ir.dtype(whole) not in (torch.bool, dtype, _widened(dtype)):
             whole = call(aten.to.dtype, whole, dtype)
         return whole
 
@@ -210,10 +217,11 @@ def _tails(root: fx.Node) -> list[tuple[fx.Node, ...]]:
     node = root
     while len(node.users) == 1:
         (node,) = node.users
-        if node.target not in (*_MOVES, *_SETTLES) or node.args[:1] != (chain[-1] if chain else root,):
+        settles = node.target in _SETTLES
+        if node.args[:1] != (chain[-1] if chain else root,) or not (settles or permutation(node)):
             break
         chain.append(node)
-        if node.target in _SETTLES:
+        if settles:
             found.append(tuple(chain))
     return found
 
