@@ -31,6 +31,8 @@ _MASKED_FILLS = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
 _FILLS = (*_MASKED_FILLS, aten.where.self, aten.where.ScalarSelf, aten.where.ScalarOther)
 _SCALES = (aten.mul.Tensor, aten.div.Tensor)
 _STEPS = (aten.reshape.default, aten.add.Tensor, *_SCALES, *_FILLS)
+#: Each sum may go on with either operand, so that a chain of them is not followed forever.
+_MOST_STEPS = 8
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,7 @@ def _scores(node: Any, way: _Below, constant: Constant) -> _Below | NoMatch:
     if scaled is not None:
         return _scores(scaled[0], way.through(node, scale=way.scale * scaled[1]), constant)
     nearest = NoMatch(f"{node.name} is {ir.target_name(node)}, no product of two tensors", node, fits=False)
-    if node.target not in _STEPS:
+    if node.target not in _STEPS or len(way.masks) + len(way.rows) > _MOST_STEPS:
         return nearest
     shape = ir.shape(node)
     if shape is None:
