@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import fx, nn
 from torch.nn import functional as F
 
-from fxopt import cost, ir, normalize, plugins
+from fxopt import buffers, cost, ir, normalize, ops, plugins
 from fxopt.capture import capture_symbolic, private_copy
 from fxopt.lowering.backend import set_concrete_values
 from fxopt.pipeline import PassManager, Run
@@ -79,6 +79,58 @@ def sharing(results: Sequence[torch.Tensor]) -> list[list[int]]:
     """Which results share memory with which."""
     places = [result.untyped_storage().data_ptr() for result in results]
     return [[other for other, held in enumerate(places) if held == place] for place in places]
+
+
+class Written:
+    """Runs a graph as a backend would that writes parts in place: `memory` has the tensor of each buffer."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        self.module = module
+        found = sorted(module.graph.find_nodes(op="call_function", target=ops.buffer))
+        self.owner = {part: node for node in found for part in buffers.in_place(node)}
+
+    def place(self, node: fx.Node, memory: dict[fx.Node, torch.Tensor]) -> torch.Tensor:
+        """Where a buffer or a part of one is: a slice of its owner's place, or memory of its own."""
+        if node in memory:
+            return memory[node]
+        if node not in self.owner:
+            like = ir.fake(node)
+            assert like is not None
+            memory[node] = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype).fill_(float("nan"))
+            return memory[node]
+        owner = self.owner[node]
+        dim = ir.argument(owner, "dim") % len(ir.shape(node) or ())
+        sizes = [(ir.shape(part) or ())[dim] for part in buffers.parts(owner)]
+        number = min({index for index, part in enumerate(buffers.parts(owner)) if part is node} - buffers.copied(owner))
+        memory[node] = self.place(owner, memory).narrow(dim, sum(sizes[:number]), sizes[number])
+        return memory[node]
+
+    def run(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        memory: dict[fx.Node, torch.Tensor] = {}
+        values: dict[fx.Node, Any] = {}
+        given = iter(inputs)
+        for node in self.module.graph.nodes:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+            if node.op == "placeholder":
+                values[node] = next(given).clone()
+            elif node.op == "get_attr":
+                values[node] = ir.get_attribute(self.module, node.target)
+            elif node.op == "output":
+                return tuple(args[0])
+            elif node.target is ops.buffer:
+                values[node] = self.place(node, memory)
+                dim, start = ir.argument(node, "dim"), 0
+                for number, part in enumerate(buffers.parts(node)):
+                    size = values[part].shape[dim]
+                    if number in buffers.copied(node):
+                        values[node].narrow(dim, start, size).copy_(values[part])
+                    start += size
+            elif node in self.owner:
+                values[node] = self.place(node, memory)
+                values[node].copy_(node.target(*args, **kwargs))
+            else:
+                values[node] = node.target(*args, **kwargs)
+        raise AssertionError("there is no output")
 
 
 # -- networks that join and split ------------------------------------------------------------------------------------
