@@ -6,6 +6,7 @@ The text is all there is to it, so that a network that shows a fault can be past
 from __future__ import annotations
 
 import linecache
+import math
 import re
 import textwrap
 import zlib
@@ -78,7 +79,7 @@ class Numbers:
         if self.exact:
             return self._whole(-2, 2, shape).double() / 2
         fan_in = max(1, int(torch.Size(shape[1:]).numel()))
-        return torch.randn(shape, generator=self.generator, dtype=torch.float64) / fan_in**0.5
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64) / math.sqrt(fan_in)
 
 
 @contextmanager
