@@ -6,18 +6,20 @@ otherwise.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import hypothesis
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from fxopt import ir, normalize
+from fxopt import cost, ir, normalize
 from fxopt.capture import capture_symbolic, private_copy
 from fxopt.compare import compare, relative_error, unit
 from fxopt.lowering.backend import set_concrete_values
@@ -163,6 +165,15 @@ def _error(expected: Any, actual: Any) -> float:
     if expected.dtype.is_floating_point and expected.shape == actual.shape:
         return relative_error(expected, actual)
     return 0.0 if torch.equal(expected, actual) else float("inf")
+
+
+@contextmanager
+def everything_pays() -> Iterator[None]:
+    """No rewrite is left undone because an estimate says that it would not pay, as it does of most on tiny tensors."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cost.Comparison, "pays", property(lambda self: True))
+        patch.setattr("fxopt_passes.eliminate_concat.FEWEST_CHANNELS", 1)
+        yield
 
 
 def on_random(networks: st.SearchStrategy[Any], count: int, seed: int, check: Callable[[Any], None]) -> None:
