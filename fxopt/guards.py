@@ -21,7 +21,8 @@ class Guards:
     `sizes[i]` has for each dimension of tensor i a number, or the symbolic expression that it must satisfy; None where
     every shape fits (symbolic capture). `code` are Python expressions over `L['tensors'][i]`; `bounds` the range of
     each symbol; `kinds[i]` the dtype and device of tensor i (None: any). A capture made with gradients off (`grad`) has
-    lost the model's own no_grad regions, so it does not fit where they are on.
+    lost the model's own no_grad regions, so it does not fit where they are on. `autocast` says whether it fits where
+    autocast is on, too.
     """
 
     spec: pytree.TreeSpec
@@ -31,6 +32,7 @@ class Guards:
     code: tuple[str, ...]
     bounds: tuple[tuple[str, int, int | None], ...]
     grad: bool = True
+    autocast: bool = True
 
     @classmethod
     def of(cls, captured: Captured) -> Guards:
@@ -56,6 +58,8 @@ class Guards:
             return "the arguments have another structure"
         if torch.is_grad_enabled() and not self.grad:
             return "gradients are on, and were off"
+        if not self.autocast and (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
+            return "autocast is on, and constants were computed without it"
         for position, value in self.constants:
             if not _same_constant(inputs.leaves[position], value):
                 return f"{inputs.names[position]} is {inputs.leaves[position]!r}, and was {value!r}"

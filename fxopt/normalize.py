@@ -36,6 +36,7 @@ def normalize(module: fx.GraphModule) -> None:
             args, kwargs = ir.canonical_arguments(node.target, node.args, dict(node.kwargs))
             if args != node.args or kwargs != node.kwargs:
                 editor.update(node, args, kwargs)
+        _one_sided_clamp(editor, node)
         _string_padding(editor, node)
     _native_batch_norms(editor)
     # `_assert_tensor_metadata` repeats what a signature already fixes: dtype, device, layout.
@@ -59,6 +60,9 @@ _SECOND_NAMES = {
     aten.negative.default: aten.neg.default,
     aten.absolute.default: aten.abs.default,
     aten.clip.default: aten.clamp.default,
+    aten.special_erf.default: aten.erf.default,
+    aten.special_expit.default: aten.sigmoid.default,
+    aten.special_log1p.default: aten.log1p.default,
 }
 
 
@@ -142,7 +146,8 @@ def _functionalize_once(module: fx.GraphModule) -> bool:
 #: In-place operators that keep their input's shape and dtype whatever these are.
 _UNARY_TWINS = frozenset(
     {"relu_", "relu6_", "silu_", "sigmoid_", "tanh_", "hardtanh_", "hardswish_", "hardsigmoid_", "leaky_relu_"}
-    | {"elu_", "selu_", "celu_", "mish_", "gelu_", "clamp_", "dropout_", "feature_dropout_", "alpha_dropout_"}
+    | {"elu_", "selu_", "celu_", "mish_", "gelu_", "clamp_", "clamp_min_", "clamp_max_"}
+    | {"dropout_", "feature_dropout_", "alpha_dropout_"}
 )
 
 
@@ -263,6 +268,15 @@ def _settle_assertion(editor: Editor, node: fx.Node) -> None:
 
 
 # -- other forms -----------------------------------------------------------------------------------------------------
+
+
+def _one_sided_clamp(editor: Editor, node: fx.Node) -> None:
+    """A clamp of one bound is a clamp."""
+    if node.target is aten.clamp_min.default:
+        node.target = aten.clamp.default
+    elif node.target is aten.clamp_max.default:
+        node.target = aten.clamp.default
+        editor.update(node, (node.args[0], None, *node.args[1:]), {})
 
 
 def _string_padding(editor: Editor, node: fx.Node) -> None:

@@ -16,7 +16,7 @@ from fxopt.guards import Guards
 from fxopt.lowering.backend import Backend, Runner, Setting, set_concrete_values
 from fxopt.pipeline import Judge, PassManager, PassResult, Progress, Step, only
 from fxopt.report import Report, compute_nodes
-from fxopt.rewrite import Journal, Numerics
+from fxopt.rewrite import Decline, Journal, Numerics
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,8 @@ def make_program(
     )
     lost = {result.name for result in run.results if result.status not in KEPT}
     kept = only(options.passes, lambda current: current.name not in lost)
-    return Program(captured, Guards.of(captured), module, report, kept)
+    guards = replace(Guards.of(captured), autocast=module.meta.get("autocast", True))
+    return Program(captured, guards, module, report, kept)
 
 
 def prune_attributes(module: fx.GraphModule) -> None:
@@ -116,6 +117,7 @@ class Specialisation:
     backend: str
     module: fx.GraphModule
     lowering: list[PassResult]
+    declines: list[Decline]
 
 
 def concrete_module(program: Program, inputs: Inputs, options: Options) -> tuple[fx.GraphModule, Report]:
@@ -192,14 +194,15 @@ def lower(
         values = [ir.fake(operand) for operand in node.all_input_nodes]
         node.meta["operand_strides"] = tuple(None if v is None else tuple(v.stride()) for v in values)
     results: list[PassResult] = []
+    declines: list[Decline] = []
     if backend.passes:
         run = PassManager(backend.passes, numerics="approximate", strict=options.strict).run(module)
-        results = run.results
+        results, declines = run.results, list(run.journal.declines.values())
         failed = next((result for result in results if result.status != "done"), None)
         if failed is not None:
             raise FxoptError(f"lowering by {backend.name} failed in {failed.name}: {failed.reason}")
     check.check(module, after=f"lowering by {backend.name}")
-    return Specialisation(program, backend.build(module, packed), backend.name, module, results)
+    return Specialisation(program, backend.build(module, packed), backend.name, module, results, declines)
 
 
 def choose_backend(name: str, numerics: str, module: fx.GraphModule, setting: Setting) -> tuple[Backend, list[str]]:

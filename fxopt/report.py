@@ -39,6 +39,7 @@ class Report:
     verification: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     lowering: list[PassResult] = field(default_factory=list)
+    lowering_declines: list[Decline] = field(default_factory=list)
     work_before: cost.Total | None = None
     work_after: cost.Total | None = None
 
@@ -49,8 +50,8 @@ class Report:
 
     @property
     def declines(self) -> list[Decline]:
-        """Every rewrite that did not happen, and why."""
-        return list(self.journal.declines.values())
+        """Every rewrite that did not happen, and why; those of lowering last."""
+        return [*self.journal.declines.values(), *self.lowering_declines]
 
     @property
     def pending(self) -> list[Decline]:
@@ -258,8 +259,10 @@ def explain(subject: str, before: fx.GraphModule, after: fx.GraphModule, report:
     gone = {name for rewrite in journal.rewrites for name in rewrite.removed}
     declines = tuple(
         decline
-        for decline in journal.declines.values()
+        for decline in report.declines
         if (concerns(decline.origins) or decline.node in names) and decline.node not in gone
+        # Patterns that are not there are news only where nothing happened.
+        and (decline.fits or not rewrites)
     )
     lines = tuple(dict.fromkeys(origin.line for node in was for origin in ir.origins(node) if origin.line))
     absent = tuple(result for result in report.passes if result.status != "done")

@@ -168,16 +168,22 @@ class Rewriter:
         node.meta["val"] = value
         return node
 
-    def constant(self, value: torch.Tensor, name: str) -> fx.Node:
-        """A new constant tensor of the module, under `name` or a name like it, as a node."""
+    def constant(self, value: torch.Tensor, name: str, *, keep_strides: bool = False) -> fx.Node:
+        """A new constant tensor of the module, under `name` or a name like it, as a node; contiguous unless
+        `keep_strides`, which keeps its memory, too."""
         assert self._point is not None, "nodes are built inside a rewrite"
-        kept: torch.Tensor = value.detach().contiguous()
+        kept: torch.Tensor = value.detach() if keep_strides else value.detach().contiguous()
         if kept.is_floating_point():
             kept = torch.nn.Parameter(kept, requires_grad=False)
         path = self.editor.add_tensor(name, kept)
         return self.editor.insert(
             "get_attr", path, before=self._point, origin=self._origin, name=path.replace(".", "_")
         )
+
+    def assume_no_autocast(self) -> None:
+        """Says that the graph stands for the model only where autocast is off: calls under it get a capture of their
+        own."""
+        self.module.meta["autocast"] = False
 
     # -- one rewrite -------------------------------------------------------------------------------------------------
 
@@ -267,6 +273,13 @@ class Rewriter:
         replaced = tuple(zip(names, (result.name for result in results), strict=True))
         self.journal.rewrites.append(Rewrite(self.current.name, rule, replaced, removed, added, self._origin))
         return results
+
+    def attempt(self, rule: Rule, root: fx.Node) -> fx.Node | NoMatch:
+        """Applies one rule at one node under all that the driver sees to; why it does not apply is recorded."""
+        result = _try(rule, root, self)
+        if isinstance(result, NoMatch):
+            self.decline(root, result.reason, rule=rule.name, fits=result.fits)
+        return result
 
     def insert_between(self, operand: fx.Node, reader: fx.Node, build: Callable[[], fx.Node], *, rule: str) -> fx.Node:
         """Lets `reader` read what `build` makes of `operand`, right behind it; others go on reading `operand`."""
@@ -433,9 +446,8 @@ def _run_rules(rules: Iterable[Rule], rewriter: Rewriter, limit: int) -> None:
         if node._erased:
             continue
         for rule in by_root.get(node.target, ()):
-            result = _try(rule, node, rewriter)
+            result = rewriter.attempt(rule, node)
             if isinstance(result, NoMatch):
-                rewriter.decline(node, result.reason, rule=rule.name, fits=result.fits)
                 continue
             count += 1
             if count > limit:

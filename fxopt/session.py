@@ -146,7 +146,7 @@ class Session:
         seconds = time.perf_counter() - start
         if main and first:
             self.report.backend = made.backend
-            self.report.lowering = made.lowering
+            self.report.lowering, self.report.lowering_declines = made.lowering, made.declines
             self.report.seconds["lower"] = seconds
             self.report.notices += [notice for notice in notices if notice not in self.report.notices]
         if fresh and self.options.verify:

@@ -267,6 +267,9 @@ _CASTS = {
     "half": torch.float16,
     "bfloat16": torch.bfloat16,
     "bool": torch.bool,
+    "byte": torch.uint8,
+    "char": torch.int8,
+    "short": torch.int16,
     "int": torch.int32,
     "long": torch.int64,
 }
@@ -283,6 +286,8 @@ def _method(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], is_number:
         return operator_for("call_function", torch.where, (args[1], args[0], args[2]), {}, is_number)
     if name in _CASTS and len(args) == 1 and not kwargs:
         return aten.to.dtype, (args[0], _CASTS[name]), {}
+    if name == "type" and len(args) == 2 and isinstance(args[1], torch.dtype) and not kwargs:
+        return aten.to.dtype, args, {}
     if name in _METHOD_NAMES and _METHOD_NAMES[name] is None:
         return None
     return resolve(name, args, kwargs, is_number)

@@ -7,7 +7,7 @@ and an activation stays behind the wide layer. Times are estimates in seconds, t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -78,8 +78,6 @@ def layer(node: fx.Node, source: fx.Node) -> Layer | NoMatch:
     """A reader of `source` as a layer that may have siblings; NoMatch where it may not."""
     linear = _affine.is_linear(node)
     given = ops.linear_arguments(node) if linear else ops.convolution_arguments(node)
-    if given["input"] is not source:
-        return NoMatch(f"{source.name} is not its input", node)
     if given["residual"] is not None:
         return NoMatch("a residual is added to it, which would have to be there before its siblings", node)
     if ir.tensor(given["weight"]) is None:
@@ -159,18 +157,20 @@ def plans(siblings: Sequence[Layer], handed_out: set[fx.Node]) -> list[Plan] | N
     known. `handed_out` are those of their nodes whose memory the model's results have."""
     if any(ir.fake(found.node) is None for found in siblings) or ir.fake(siblings[0].source) is None:
         return None
-    best: list[Plan] = []
+    ways: list[list[Plan]] = []
     for same_kernel, same_activation in ((True, True), (True, False), (False, True), (False, False)):
         parts: dict[Any, list[Layer]] = {}
         for found in siblings:
             part = (found.kernel if same_kernel else None, found.activation if same_activation else None)
             parts.setdefault(part, []).append(found)
-        split = [_plan(part, handed_out) for part in parts.values()]
-        if not best or _gain(split) > _gain(best):
-            best = split
+        ways.append([_plan(part, handed_out) for part in parts.values()])
         if len(parts) == 1:
             break  # coarser ways are the same
-    return best
+    best = max(ways, key=_gain)
+    merged = {found for plan in best for found in plan.layers}
+    # What a layer would cost in the coarsest way says more than that it was alone in a finer one.
+    why = {found: reason for way in ways for plan in way for found, reason in plan.reasons.items()}
+    return [replace(plan, reasons={f: why[f] for f in plan.reasons if f not in merged}) for plan in best]
 
 
 def _gain(split: Sequence[Plan]) -> float:
@@ -187,12 +187,15 @@ def _plan(part: list[Layer], handed_out: set[fx.Node]) -> Plan:
     gain = sum(saved - costs[found][0] for found in chosen) - saved
     if len(chosen) < 2 or gain <= 0:
         chosen, gain = (), 0.0
-    reasons = {
-        found: f"merging saves {_time(saved)} for each layer beside the first, and costs {_time(costs[found][0])} here"
-        f" ({costs[found][1]})"
-        for found in part
-        if found not in chosen
-    }
+    dearest = max(part, key=lambda found: costs[found][0])
+    reasons = {}
+    for found in part:
+        if found not in chosen:
+            dear = found if costs[found][0] >= saved else dearest
+            reasons[found] = (
+                f"merging saves {_time(saved)} for each layer beside the first, and costs {_time(costs[dear][0])} for "
+                f"{dear.node.name} ({costs[dear][1]})"
+            )
     return Plan(chosen, mixed and len({found.activation for found in chosen}) > 1, gain, reasons)
 
 
@@ -214,7 +217,7 @@ def _costs(
     zeros = (prod(kernel) - prod(found.kernel)) * _elements(found.node) * _affine.input_channels(found.node)
     if zeros:
         wasted = zeros / MULTIPLY_ADDS_PER_SECOND
-        cost += wasted if wasted <= MOST_ZEROS * saved else wasted + saved
+        cost += wasted if wasted <= MOST_ZEROS * saved else max(wasted, saved)
         sizes = ["x".join(map(str, size)) for size in (found.kernel, kernel)]
         words.append(f"its {sizes[0]} kernel padded to {sizes[1]} multiplies by {zeros:.2g} zeros in {_time(wasted)}")
     return cost, ", ".join(words) or "nothing"

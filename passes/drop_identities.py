@@ -8,8 +8,9 @@
 
 Legal when: the operation gives back its input's values with the same shape, dtype, device and strides. Where it hands
 out the very same tensor (dropout), so does its input. Where it makes another view of it (reshape), the view is not the
-model's result, and nobody writes to it. Where it makes a fresh tensor (x * 1), the result must not be the model's, nor
-an alias of one, and nothing may write to either. x + 0 is not x for x = -0.0, and neither is an average of one element.
+model's result, and nobody changes the shape of either in place. Where it makes a fresh tensor (x * 1), the result must
+not be the model's, nor an alias of one, and nothing may write to either. x + 0 is not x for x = -0.0, and neither is an
+average of one element.
 Numerics: the same bits.
 """
 
@@ -20,7 +21,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxopt import UNKNOWN, NoMatch, Pass, Rewriter, effects, ir
+from fxopt import UNKNOWN, NoMatch, Pass, Rewriter, ir
+
+from . import _memory
 
 aten = torch.ops.aten
 
@@ -141,35 +144,8 @@ def _observable(node: fx.Node, source: fx.Node, rewriter: Rewriter) -> str | Non
     if not ir.same_sizes(before.stride(), after.stride()):
         return "it changes the strides"
     if node.target in _VIEWS:
-        return _observable_view(node)
-    return _observable_copy(node, source, rewriter) if node.target in _FRESH else None
-
-
-def _observable_view(node: fx.Node) -> str | None:
-    """How somebody could tell a view from the tensor that it views: by handing it out, or by changing it in place (an
-    `unsqueeze_` of the one would change the other's shape)."""
-    for user in node.users:
-        if user.op == "output":
-            return "the model hands out the view, which must stay another tensor than its input"
-        if node in effects.of(user).writes:
-            return f"{user.name} changes the view in place"
-    return None
-
-
-def _observable_copy(node: fx.Node, source: fx.Node, rewriter: Rewriter) -> str | None:
-    """How somebody could tell a copy from what it copies: by handing it out, by a write to either, by looking at the
-    memory behind it."""
-    aliases = rewriter.aliases
-    root = aliases.root(node)
-    if root in {aliases.root(result) for result in rewriter.graph.output_node().all_input_nodes}:
-        return "the model hands out the copy, which must stay distinct from its input"
-    written = aliases.written_after(source, (source, node))
-    if written is not None:
-        return f"{written.name} may write to the copy or to its input"
-    for reader in rewriter.graph.find_nodes(op="call_function", target=aten.as_strided.default):
-        if aliases.root(reader) is root:
-            return f"{reader.name} looks at the memory behind the copy"
-    return None
+        return _memory.told_from_the_very_tensor(node, rewriter)
+    return _memory.told_from_other_memory(node, source, rewriter) if node.target in _FRESH else None
 
 
 PASS = Pass("drop-identities", run=_run, numerics="bitwise", doc=__doc__)

@@ -36,7 +36,8 @@ def _run(rewriter: Rewriter) -> None:
     # Inputs first: what a slice of a wide layer is read by has not been looked at yet, and stands behind it.
     source = next(iter(rewriter.graph.nodes))
     while source.op != "output":
-        readers = sorted(user for user in source.users if user.target in _siblings.LAYERS)
+        layers = (user for user in source.users if user.target in _siblings.LAYERS)
+        readers = sorted(user for user in layers if ir.argument(user, "input") is source)
         if len(readers) > 1:
             _merge_readers(rewriter, source, readers)
         source = source.next
@@ -141,13 +142,12 @@ def _followers(nodes: Sequence[fx.Node]) -> list[list[fx.Node]]:
             break
         same = all(
             user.target is first.target
-            and user.args[:1] == (node,)
             and len(user.all_input_nodes) == 1
             and ir.same_literal(user.args[1:], first.args[1:])
             and ir.same_literal(sorted(user.kwargs.items()), sorted(first.kwargs.items()))
-            for user, node in zip(step, nodes, strict=True)
+            for user in step
         )
-        if not same or len(set(step)) != len(step) or not all(effects.of(user).pure for user in step):
+        if not same or not all(effects.of(user).pure for user in step):
             break
         steps.append(step)
         nodes = step

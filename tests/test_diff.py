@@ -324,6 +324,16 @@ def test_alignment_by_record(
     assert {name: found[name].status for name in statuses} == statuses
 
 
+def test_each_of_several_that_were_replaced_in_one_rewrite_leads_to_its_own_result() -> None:
+    total = aten.add.Tensor
+    left = graph_of(("a", SIN, ("x",)), ("b", COS, ("x",)), ("c", total, ("a", "b")))
+    right = graph_of(("w", RELU, ("x",)), ("d", SIN, ("w",)), ("e", COS, ("w",)), ("c", total, ("d", "e")))
+    record = Rewrite("p", "r", (("a", "d"), ("b", "e")), ("a", "b"), ("w", "d", "e"), ())
+    found = align.by_record(left, right, [record])
+    assert (found.became["a"], found.became["b"], found.became["c"]) == (("d",), ("e",), ("c",))
+    assert [(group.before, group.after) for group in found.groups] == [(("a", "b"), ("w", "d", "e"))]
+
+
 def test_what_nobody_recorded_names_the_normal_form() -> None:
     left, right = graph_of(("a", SIN, ("x",)), ("b", RELU, ("a",))), graph_of(("b", RELU, ("x",)))
     diff = fxopt.graphdiff.assemble(left, right, align.by_record(left, right, []), title="t", subject="s")

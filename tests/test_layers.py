@@ -45,6 +45,7 @@ LAYERS = (
     "lowering",
     "lowering.executor",
     "lowering.aten",
+    "lowering.onednn_buffers",
     "lowering.onednn",
     "program",  # one capture, rewritten, and lowered for each signature
     "session",  # all captures of one compiled model

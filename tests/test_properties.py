@@ -80,7 +80,7 @@ def test_a_fold_alone_keeps_every_bit_in_exact_arithmetic(spec: Spec, name: str)
 @given(specs("random", list(ACTIVATIONS)))
 def test_passes_that_promise_the_same_bits_keep_them(spec: Spec) -> None:
     names = [name for name in BUILTIN if plugins.named(name).numerics == "bitwise"]
-    assert len(names) == 4
+    assert {"drop-identities", "eliminate-dead-code"} < set(names) < set(BUILTIN)
     check_exact(spec, names)
 
 

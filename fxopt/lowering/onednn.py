@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from fxopt import effects, ir, ops
 from fxopt.lowering import executor
 from fxopt.lowering.backend import Backend, Runner, Setting
+from fxopt.lowering.onednn_buffers import lower_buffers
 from fxopt.pattern import NoMatch
 from fxopt.rewrite import Pass, Rewriter
 
@@ -318,6 +319,7 @@ PASSES = (
     Pass("onednn-convolution", run=_lower_convolutions, layout=True, doc="convolutions as fused oneDNN calls"),
     Pass("onednn-linear", run=_lower_linears, layout=True, doc="linear layers as fused oneDNN calls"),
     Pass("onednn-strides", run=_restore_strides, layout=True, numerics="bitwise", doc="results in their own strides"),
+    Pass("onednn-buffers", run=lower_buffers, layout=True, numerics="bitwise", doc="concats that grow in one memory"),
 )
 
 

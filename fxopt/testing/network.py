@@ -79,7 +79,8 @@ class Numbers:
         if self.exact:
             return self._whole(-2, 2, shape).double() / 2
         fan_in = max(1, int(torch.Size(shape[1:]).numel()))
-        return torch.randn(shape, generator=self.generator, dtype=torch.float64) / math.sqrt(fan_in)
+        drawn = torch.randn(shape, generator=self.generator, dtype=torch.float64)
+        return drawn / math.sqrt(fan_in)
 
 
 @contextmanager
