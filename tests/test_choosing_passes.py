@@ -15,9 +15,9 @@ import fxopt
 from fxopt import cli
 from fxopt.compiler import choose_passes
 from fxopt.pipeline import flat
-from fxopt.testing import Network, networks
+from fxopt.testing import Network, Oracle, networks
 from graphs import randomised, unmodified
-from oracle import Oracle, captured, interpreted, on_random, rewritten
+from harness import captured, interpreted, on_random, rewritten
 
 NAMES = [entry.name for entry in fxopt.passes() if entry.default]
 

@@ -16,8 +16,8 @@ from torch import fx
 import fxopt
 from fxopt import ir
 from fxopt.rewrite import Pass
-from fxopt.testing import Network, networks
-from oracle import Oracle, captured, interpreted, on_random, rewritten
+from fxopt.testing import Network, Oracle, networks
+from harness import captured, interpreted, on_random, rewritten
 
 PASSES = [entry.current for entry in fxopt.passes() if entry.default]
 SHARDS = 10

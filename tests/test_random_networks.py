@@ -14,8 +14,8 @@ from hypothesis import event
 
 import fxopt
 from fxopt import plugins
-from fxopt.testing import Network, networks
-from oracle import Oracle, captured, everything_pays, interpreted, on_random, rewritten
+from fxopt.testing import Network, Oracle, networks
+from harness import captured, everything_pays, interpreted, on_random, rewritten
 
 SHARDS = 10
 
