@@ -14,6 +14,7 @@ A part is written in place only where nobody can tell: `refusal` says why not. T
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch._ops import OpOverload
 
 from fxopt import effects, ir, ops
 from fxopt.edit import Editor
+from fxopt.hints import hint
 
 aten = torch.ops.aten
 
@@ -54,12 +56,12 @@ _WRITE_STRIDED = frozenset(
 
 
 def writes_strided(node: fx.Node) -> bool:
-    """Whether a node computes one fresh tensor that a kernel could write into a slice of another."""
+    """Whether a node computes one fresh tensor, and does nothing else, that a kernel could write into a slice."""
     target = node.target
     if node.op != "call_function" or not isinstance(target, OpOverload):
         return False
-    known = target in _WRITE_STRIDED or (torch.Tag.pointwise in target.tags and not target._schema.is_mutable)
-    return known and not effects.of(node).aliases
+    found = effects.of(node)  # a random draw depends on the order of memory
+    return (target in _WRITE_STRIDED or torch.Tag.pointwise in target.tags) and found.pure and not found.aliases
 
 
 def parts(buffer: fx.Node) -> list[fx.Node]:
@@ -81,9 +83,14 @@ def in_place(buffer: fx.Node) -> list[fx.Node]:
 def leaves(buffer: fx.Node) -> list[fx.Node]:
     """The parts, those of parts that are buffers on the same dimension among them, in order."""
     found: list[fx.Node] = []
-    for part in parts(buffer):
-        nested = part.target is ops.buffer and ir.argument(part, "dim") == ir.argument(buffer, "dim")
-        found += leaves(part) if nested else [part]
+    waiting, dim = [buffer], ir.argument(buffer, "dim")
+    while waiting:
+        node = waiting.pop()
+        nested = node.target is ops.buffer and ir.argument(node, "dim") == dim
+        if nested:
+            waiting += reversed(parts(node))
+        else:
+            found.append(node)
     return found
 
 
@@ -109,13 +116,16 @@ class Owners:
         before, after = ir.fake(part), ir.fake(result)
         if before is None or after is None:
             return f"nothing is known of the memory of {part.name}"
-        if (before.dtype, before.device) != (after.dtype, after.device):
-            return f"{part.name} is {before.dtype}, the concat {after.dtype}"
+        if (before.dtype, before.device, before.layout) != (after.dtype, after.device, after.layout):
+            return f"{part.name} is {before.dtype} on {before.device}, the concat {after.dtype} on {after.device}"
+        if not _same_order(before, after):
+            return f"{part.name} has its dimensions in memory in another order than the concat"
         if self.aliases.root(part) in self._handed_out:
             return f"the model hands out {part.name}, whose memory must be its own"
-        writer = self.aliases.writer_of(part) or self.aliases.writer_of(result)
-        if writer is not None:
-            return f"{writer.name} writes to it in place"
+        for value, what in ((part, part.name), (result, "the concat")):
+            writer = self.aliases.writer_of(value)
+            if writer is not None:
+                return f"{writer.name} writes to {what} in place"
         for reader in _readers(part):
             why = effects.strides_matter(reader)
             if why is not None:
@@ -128,6 +138,20 @@ class Owners:
         if other is buffer:
             return None
         return f"{part.name} is in {other.name} already"
+
+
+def _same_order(part: torch.Tensor, whole: torch.Tensor) -> bool:
+    """Whether a part is dense, with its dimensions in the order of the whole's strides. What is computed from it has
+    then the same strides if it lies in a slice."""
+    if part.layout is not torch.strided or any(ir.static(size) == 0 for size in part.shape):
+        return part.layout is torch.strided
+    strides = [(number, dim) for dim, number in enumerate(map(hint, whole.stride())) if number is not None]
+    expected: Any = 1
+    for _, dim in sorted(strides):
+        if ir.static(part.shape[dim]) != 1 and not ir.same_sizes([part.stride(dim)], [expected]):
+            return False
+        expected = expected * part.shape[dim]
+    return len(strides) == whole.dim()
 
 
 def _readers(node: fx.Node) -> Iterator[fx.Node]:
@@ -169,16 +193,22 @@ def problems(module: fx.GraphModule) -> Iterator[tuple[fx.Node | None, str]]:
         yield buffer, f"has its part {number} written in place, but {why}"
 
 
-def settle(editor: Editor) -> None:
-    """Lets every part be copied that a pass has made one that may not be written in place."""
-    found: dict[fx.Node, set[int]] = {}
-    for buffer, number, _ in _problems(editor.graph):
-        found.setdefault(buffer, set(copied(buffer))).add(number)
-    for buffer, numbers in found.items():
-        copy(editor, buffer, numbers)
+def settle(editor: Editor) -> list[tuple[fx.Node, int, str]]:
+    """Lets every part be copied that a pass has made one that may not be written in place: buffer, number and why."""
+    found = list(_problems(editor.graph))
+    numbers: dict[fx.Node, set[int]] = {}
+    for buffer, number, _ in found:
+        numbers.setdefault(buffer, set(copied(buffer))).add(number)
+    for buffer, all_copied in numbers.items():
+        args: tuple[Any, ...] = (parts(buffer), ir.argument(buffer, "dim"), sorted(all_copied))
+        editor.update(buffer, *ir.canonical_arguments(ops.buffer, args, {}))
+    return found
 
 
-def copy(editor: Editor, buffer: fx.Node, numbers: set[int]) -> None:
-    """Sets which parts of a buffer are copied in."""
-    args: tuple[Any, ...] = (parts(buffer), ir.argument(buffer, "dim"), sorted(numbers))
-    editor.update(buffer, *ir.canonical_arguments(ops.buffer, args, {}))
+def report(part: fx.Node, why: str) -> str:
+    """That a part is copied, how much that is, and why, in words."""
+    found = ir.fake(part)
+    sizes: list[Any] = [] if found is None else list(found.shape)
+    numbers = [size for size in map(ir.static, sizes) if size is not None]
+    unit = "bytes" if len(numbers) == len(sizes) else "bytes for each of a batch"
+    return f"{prod(numbers) * (0 if found is None else found.dtype.itemsize)} {unit} are copied: {why}"

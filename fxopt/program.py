@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxopt import check, cost, ir, normalize, plugins
+from fxopt import buffers, check, cost, ir, normalize, plugins
 from fxopt.capture import Captured, Inputs
+from fxopt.edit import Editor
 from fxopt.errors import FxoptError, InputError
 from fxopt.guards import Guards
 from fxopt.lowering.backend import Backend, Runner, Setting, set_concrete_values
@@ -130,6 +131,7 @@ def concrete_module(program: Program, inputs: Inputs, options: Options) -> tuple
     module, _ = ir.copy(program.module)
     set_concrete_values(module, inputs.tensors)
     normalize.normalize(module)
+    buffers.settle(Editor(module))  # by these inputs' strides a part may lie in memory in another order than planned
     if not program.symbolic:
         return module, program.report
     first = not program.proven

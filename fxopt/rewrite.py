@@ -415,7 +415,8 @@ def apply(current: Pass, editor: Editor, journal: Journal, *, budget: int | None
         _run_function(current.run, rewriter)
     else:
         _run_rules(current.rules, rewriter, 10 * len(editor.graph.nodes) + 100 if budget is None else budget)
-    buffers.settle(editor)
+    for buffer, number, why in buffers.settle(editor):
+        rewriter.decline(buffer, buffers.report(buffers.parts(buffer)[number], why), rule=f"part {number}")
 
 
 def _run_function(run: Callable[[Rewriter], None], rewriter: Rewriter) -> None:

@@ -19,6 +19,7 @@ from .fold_affine import PASS as FOLD_AFFINE
 from .fold_batchnorm import PASS as FOLD_BATCHNORM
 from .fold_constants import PASS as FOLD_CONSTANTS
 from .fold_padding import PASS as FOLD_PADDING
+from .fuse_attention import PASS as FUSE_ATTENTION
 from .fuse_conv_activation import PASS as FUSE_CONV_ACTIVATION
 from .fuse_linear_activation import PASS as FUSE_LINEAR_ACTIVATION
 from .merge_parallel_branches import PASS as MERGE_PARALLEL_BRANCHES
@@ -43,6 +44,7 @@ PASSES: tuple[Pass | tuple[Pass, ...], ...] = (
         FOLD_PADDING,  # before other folds: padding between a norm and a convolution keeps them apart
         FOLD_AFFINE,  # before norms are folded: a constant between a layer and its norm keeps them apart
         FOLD_BATCHNORM,  # before fusion: a norm stands between a convolution and its activation
+        FUSE_ATTENTION,  # behind affine folds: a scale behind the projection of q is in its weight
         MERGE_PARALLEL_BRANCHES,  # after folding: each branch has its norm with it; before fusion, which takes sums
         FUSE_CONV_ACTIVATION,  # after folding: the activation now reads the convolution itself
         FUSE_LINEAR_ACTIVATION,

@@ -15,12 +15,8 @@ from . import _affine
 
 aten = torch.ops.aten
 
-#: Layers whose weight has one column (of each tap) for each channel of the input.
-CONSUMERS: tuple[Any, ...] = (
-    *(target for target in ops.CONVOLUTION_TARGETS if target not in ops.TRANSPOSED_TARGETS),
-    ops.convolution,
-    *_affine.LINEARS,
-)
+#: Layers whose weight has one column (of each tap) for each channel of the input; transposed ones decline.
+CONSUMERS: tuple[Any, ...] = (*ops.CONVOLUTION_TARGETS, ops.convolution, *_affine.LINEARS)
 _SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.tensor_split.sections)
 
 

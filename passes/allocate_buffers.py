@@ -7,17 +7,16 @@ Concat elimination by memory: what makes a part writes it into its slice of the 
 concat that has the parts of an earlier one beside each other takes that one's buffer as a part: in a dense block, where
 each layer reads all that came before it, every value is in memory once.
 
-Legal when: a part is computed, fresh, and of the concat's dtype and device; what makes it can write with strides; the
-model does not hand it out, nothing writes to it in place, and nobody reads its memory by strides; no other buffer has
-it, and this one not twice. A part of which that does not hold is copied, as `cat` copies it; the reason is recorded.
+Legal when: a part is computed, fresh, of the concat's dtype and device, and has its dimensions in memory in the
+concat's order; what makes it can write with strides; the model does not hand it out, nothing writes to it in place, and
+nobody reads its memory by strides; no other buffer has it, and this one not twice. A part of which that does not hold
+is copied, as `cat` copies it; the reason is recorded. Where all would be, the concat stays.
 Numerics: the same bits (a buffer's meaning is `cat`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
-from typing import Any
 
 import torch
 from torch import fx
@@ -29,11 +28,11 @@ aten = torch.ops.aten
 
 def _run(rewriter: Rewriter) -> None:
     made: list[fx.Node] = []
-    owner: dict[fx.Node, fx.Node] = {}
+    there = rewriter.graph.find_nodes(op="call_function", target=ops.buffer)
+    owner = {part: buffer for buffer in there for part in buffers.in_place(buffer)}
     for node in list(rewriter.graph.nodes):
         if node.target is ops.buffer:
             made.append(node)
-            owner.update(dict.fromkeys(buffers.in_place(node), node))
         if node.target is not aten.cat.default:
             continue
         refusal = _unknown(node) or rewriter.refusal((), node)
@@ -71,14 +70,12 @@ def _allocate(
             copied[number] = why
     if len(copied) == len(parts):
         return NoMatch("every part would be copied: " + "; ".join(dict.fromkeys(copied.values())), node)
-    result = rewriter.substitute(
-        node, lambda: rewriter.call(ops.buffer, parts, dim, sorted(copied)), rule="buffer"
-    )
+    result = rewriter.substitute(node, lambda: rewriter.call(ops.buffer, parts, dim, sorted(copied)), rule="buffer")
     if isinstance(result, NoMatch):
         return result
     for number, part in enumerate(parts):
         if number in copied:
-            rewriter.decline(result, f"{_bytes(part)} are copied: {copied[number]}", rule=f"part {number}")
+            rewriter.decline(result, buffers.report(part, copied[number]), rule=f"part {number}")
         else:
             owner[part] = result
     return result
@@ -105,14 +102,6 @@ def _grown(
             found.append(parts[place])
             place += 1
     return found
-
-
-def _bytes(part: fx.Node) -> str:
-    found = ir.fake(part)
-    sizes: list[Any] = [] if found is None else list(found.shape)
-    numbers = [size for size in map(ir.static, sizes) if size is not None]
-    unit = "bytes" if len(numbers) == len(sizes) else "bytes for each of a batch"
-    return f"{prod(numbers) * (0 if found is None else found.dtype.itemsize)} {unit}"
 
 
 PASS = Pass("allocate-buffers", run=_run, numerics="bitwise", doc=__doc__)

@@ -5,8 +5,8 @@
 
 Legal when: the first cast is lossless, so that each number of x's dtype is one of the wide one (float16 in float32 in
 float64, int32 in int64 and in float64, uint8 in float16), and the direct cast rounds as the two do: between
-floating-point dtypes, between integers, to bool, or where it is lossless itself. Device and layout stay, nobody asks
-for a memory format, and nothing writes to x, or to its cast, between the two.
+floating-point dtypes, between integers, to bool, or where it is lossless itself. The device stays, nobody asks for a
+memory format, and nothing writes to x, or to its cast, between the two.
 Numerics: the same bits, and NaN where there was NaN. Narrowing and then widening is a rounding, and stays.
 """
 
@@ -62,16 +62,6 @@ def _rounds_alike(narrow: torch.dtype, wide: torch.dtype, last: torch.dtype) -> 
     return wide in INTEGERS
 
 
-def _plain_guard(cast: fx.Node) -> str | None:
-    """The cast changes nothing but the dtype."""
-    given = ir.arguments(cast)
-    if given.get("memory_format") not in (None, torch.preserve_format):
-        return f"{cast.name} asks for a memory format"
-    if given.get("pin_memory"):
-        return f"{cast.name} asks for pinned memory"
-    return None
-
-
 def _guard(second: fx.Node, rewriter: Rewriter) -> str | None:
     """None where the two casts are one, or none; else why they may not be."""
     first = second.args[0]
@@ -84,8 +74,6 @@ def _guard(second: fx.Node, rewriter: Rewriter) -> str | None:
         return f"{UNKNOWN}the dtypes of the casts"
     if len({value.device for value in (before, between, after)}) > 1:
         return f"it moves from {before.device} to {after.device}"
-    if any(value.layout is not torch.strided for value in (before, between, after)):
-        return "it changes the layout"
     odd = [value.dtype for value in (before, between, after) if value.dtype not in _ORDINARY]
     if odd:
         return f"{odd[0]} is no ordinary dtype"
@@ -95,9 +83,9 @@ def _guard(second: fx.Node, rewriter: Rewriter) -> str | None:
         return f"{between.dtype} does not hold every {before.dtype}: the first cast rounds"
     if not _rounds_alike(before.dtype, between.dtype, after.dtype):
         return f"{before.dtype} to {after.dtype} differs where it goes through {between.dtype}"
-    refusal = _plain_guard(first) or _plain_guard(second)
-    if refusal is not None:
-        return refusal
+    for cast in (first, second):
+        if ir.arguments(cast).get("memory_format") not in (None, torch.preserve_format):
+            return f"{cast.name} asks for a memory format"
     writer = rewriter.aliases.writer_between(first, second, (x, first))
     return None if writer is None else f"{writer.name} may write to {x.name} or to its cast in between"
 

@@ -8,12 +8,13 @@
 Concat elimination by algebra; what is left over, allocate-buffers eliminates by memory.
 
 Legal when: the concat has no other reader (of pieces: whoever reads them goes on to); all parts are of one dtype;
-nested concats and pieces run along the same dimension; a step that commutes works on each channel alone, and the concat
-joins channels; a layer that is split has constant weights, one group, and takes its channels from the concat.
+nested concats and pieces run along the same dimension; a norm has its channels there, and a pool does not run along it;
+a layer that is split has constant weights, one group, takes its channels from the concat, and its sums are no narrower
+than float32.
 Done where an estimate says that it pays: an activation or norm where layers take it up, a pool where what is copied
 behind it is less, a layer where the concat's bytes are more than those of the sums, and no part is thinner than a
 kernel's vectors.
-Numerics: reassociates (exact in exact arithmetic); all but the split layer keep the bits.
+Numerics: reassociates (exact in exact arithmetic).
 """
 
 from __future__ import annotations
@@ -82,11 +83,9 @@ def _nested(found: Concat, rewriter: Rewriter) -> fx.Node | NoMatch:
     inner: list[fx.Node] = []
     reason = _nothing("no part is a concat", found.node)
     for part in found.parts:
-        nested = _concat.concat(part) if part.target is aten.cat.default else None
-        if nested is None or isinstance(nested, NoMatch) or nested.dim != found.dim:
-            parts.append(part)
-        elif len(part.users) > 1 or found.parts.count(part) > 1:
-            reason = NoMatch(f"{part.name} has other readers, and stays", part)
+        nested = _flat(found, part)
+        if isinstance(nested, NoMatch):
+            reason = max(reason, nested, key=lambda found: found.fits)
             parts.append(part)
         else:
             parts += nested.parts
@@ -96,6 +95,20 @@ def _nested(found: Concat, rewriter: Rewriter) -> fx.Node | NoMatch:
     return rewriter.refusal(inner, found.node) or rewriter.substitute(
         found.node, lambda: rewriter.call(aten.cat.default, parts, found.dim), rule="nested", nodes=inner
     )
+
+
+def _flat(found: Concat, part: fx.Node) -> Concat | NoMatch:
+    """A part as a concat whose parts may stand for it."""
+    if part.target is not aten.cat.default:
+        return _nothing(f"{part.name} is no concat", part)
+    nested = _concat.concat(part)
+    if isinstance(nested, NoMatch):
+        return nested
+    if nested.dim != found.dim:
+        return NoMatch(f"{part.name} joins dim {nested.dim}, not dim {found.dim}", part)
+    if len(part.users) > 1 or found.parts.count(part) > 1:
+        return NoMatch(f"{part.name} has other readers, and stays", part)
+    return nested
 
 
 def _pieces(found: Concat, rewriter: Rewriter) -> fx.Node | NoMatch:
@@ -135,7 +148,7 @@ def _commute(found: Concat, rewriter: Rewriter) -> fx.Node | NoMatch:
     step = _sole_reader(found)
     if step is None or step.op != "call_function" or step.args[:1] != (found.node,):
         return _nothing("the concat has not one reader", found.node)
-    if step.target in ops.ACTIVATION_TARGETS:
+    if step.target in ops.ACTIVATION_TARGETS and ops.activation_of(step) is not None:
         return _commute_by(found, step, rewriter, lambda part, place: _again(rewriter, step, part), _takes_activation)
     if step.target is aten.batch_norm.default:
         refusal = _norm_guard(found, step)
@@ -155,9 +168,11 @@ def _commute_by(
     takes: Callable[[fx.Node], bool],
 ) -> fx.Node | NoMatch:
     """act(cat([a, b])) -> cat([act(a), act(b)]), where every part is a layer that takes the step up."""
-    stuck = next((part for part in found.parts if set(part.users) != {found.node} or not takes(part)), None)
-    if stuck is not None:
-        return NoMatch(f"{stuck.name} would not take {ir.target_name(step)} up: it would run once for each part", step)
+    for part in found.parts:
+        if not takes(part):
+            return NoMatch(f"{part.name} would not take {ir.target_name(step)} up: it would run for each part", step)
+        if set(part.users) != {found.node}:
+            return NoMatch(f"{part.name}, which would take {ir.target_name(step)} up, has other readers", step)
     if len(set(found.parts)) != len(found.parts):
         return NoMatch("one part is in the concat twice", found.node)
     return _moved(found, step, rewriter, on_part)
@@ -278,6 +293,10 @@ def _consumer_guard(found: Concat, layer: fx.Node) -> NoMatch | None:
         return NoMatch(f"the layer has {_affine.groups_of(layer)} groups", layer)
     if given["residual"] is found.node:
         return NoMatch(f"the layer also adds {found.node.name} to its result", layer)
+    if ir.dtype(layer) not in (torch.float32, torch.float64):
+        return NoMatch(f"the sums would be rounded to {ir.dtype(layer)} between the parts", layer)
+    if _concat.channel_dim(layer) is None:
+        return NoMatch("the layer's input is unbatched", layer)
     if _concat.channel_dim(layer) != found.dim:
         return NoMatch(f"the concat joins dim {found.dim}, not the channels that the layer takes", layer)
     sizes = found.sizes()
@@ -292,8 +311,8 @@ def _profit_guard(found: Concat, layer: fx.Node, sizes: Sequence[int]) -> NoMatc
     weight, result, dtype = _affine.weight_of(layer).shape, ir.shape(layer), ir.dtype(layer)
     summed: list[cost.Cost | None] = []
     for number, (part, size) in enumerate(zip(found.parts, sizes, strict=True)):
-        own = (weight[0], size, *weight[2:])
-        summed.append(cost.layer(ir.shape(part), own, result, dtype=dtype, also_read=result if number else ()))
+        own, adds = (weight[0], size, *weight[2:]), number or _concat.arguments(layer)["residual"] is not None
+        summed.append(cost.layer(ir.shape(part), own, result, dtype=dtype, also_read=result if adds else ()))
     estimate = cost.compare([found.node, layer], summed, cost.device_of(layer))
     if estimate is None:
         return NoMatch(f"{UNKNOWN}whether sums of layers are quicker than the concat {found.node.name}", layer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -159,3 +160,27 @@ def test_a_writer_is_found_between_two_nodes_only_where_it_is() -> None:
     assert aliases.writer_between(first, last, [first]) is writer
     assert aliases.writer_between(first, last, [y]) is None
     assert aliases.writer_between(last, behind, [first]) is None
+
+
+@pytest.mark.parametrize(
+    ("target", "arguments", "why"),
+    [
+        pytest.param(aten.relu.default, (), None, id="an operator computes from values"),
+        pytest.param(aten.reshape.default, ([-1],), None, id="reshape gives the same values"),
+        pytest.param(operator.getitem, (0,), None, id="one of several results"),
+        pytest.param(aten.sym_size.int, (0,), None, id="a size is none of them"),
+        pytest.param(aten.sym_stride.int, (0,), "may ask for them", id="a stride"),
+        pytest.param(aten.as_strided.default, ([1], [1]), "reads memory", id="as_strided"),
+        pytest.param(aten.bernoulli.default, (), "draws at random", id="random numbers come in the order of memory"),
+        pytest.param(aten.relu_.default, (), "writes", id="a write"),
+        pytest.param(torch.ops.prims.neg.default, (), "an operator of prims", id="an operator of somebody else's"),
+        pytest.param(len, (), "opaque", id="a function"),
+    ],
+)
+def test_strides_matter(target: Any, arguments: tuple[Any, ...], why: str | None) -> None:
+    graph = fx.Graph()
+    node = graph.call_function(target, (graph.placeholder("x"), *arguments))
+    graph.output((node,))
+    ir.new_module(graph)
+    found = effects.strides_matter(node)
+    assert found is None if why is None else found is not None and why in found

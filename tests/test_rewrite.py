@@ -367,6 +367,20 @@ def test_a_rewrite_of_several_roots_that_goes_wrong_is_undone_whole(build: Any, 
     assert picture(module) == before
 
 
+def test_what_reads_a_later_value_is_undone() -> None:
+    def early(rewriter: Rewriter) -> None:
+        (root,) = rewriter.graph.find_nodes(op="call_function", target=aten.clone.default)
+        (later,) = rewriter.graph.find_nodes(op="call_function", target=aten.exp.default)
+        found = rewriter.substitute(root, lambda: rewriter.call(aten.mul.Tensor, root.args[0], later), rule="early")
+        assert isinstance(found, NoMatch)
+        assert found.reason == "exp is computed behind where it would be read"
+
+    module = fxopt.trace(Network(lambda m, x: x.clone() + x.exp()).eval(), (torch.randn(2, 4),))
+    before = picture(module)
+    apply(Pass("early", run=early), Editor(module), Journal())
+    assert picture(module) == before
+
+
 # -- strides ---------------------------------------------------------------------------------------------------------
 
 
@@ -421,6 +435,12 @@ def _kept(m: Any, x: torch.Tensor) -> torch.Tensor:
     return y.sum(1)
 
 
+def _view_written(m: Any, x: torch.Tensor) -> torch.Tensor:
+    y = x.relu()
+    y.reshape(8).mul_(2)
+    return y.sum(1)
+
+
 def _opaque(m: Any, x: torch.Tensor) -> torch.Tensor:
     return _looks(x.relu())
 
@@ -439,6 +459,7 @@ def _looks(x: torch.Tensor) -> torch.Tensor:
         pytest.param(lambda m, x: x.relu().reshape(8), "might then be a copy", id="a view becomes a copy"),
         pytest.param(lambda m, x: torch.as_strided(x.relu(), (2,), (1,)) * 2, "reads memory by them", id="as_strided"),
         pytest.param(lambda m, x: x.relu().clamp(0, 0).bernoulli().sum(1), "draws at random", id="draws in order"),
+        pytest.param(_view_written, "might then be a copy", id="a view that is written becomes a copy"),
         pytest.param(_kept, "writes", id="an operand of a write"),
         pytest.param(lambda m, x: x.relu()[x > 0], "would give", id="a result of unknown size"),
     ],

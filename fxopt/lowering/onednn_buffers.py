@@ -75,14 +75,21 @@ def _place(
 
 
 def _view(rewriter: Rewriter, node: fx.Node, owner: dict[fx.Node, fx.Node], memory: fx.Node) -> fx.Node:
-    """The slice of the memory that is a buffer's."""
+    """The slice of the memory that is a buffer's: one step for each dimension along which buffers are nested."""
     if node not in owner:
         return memory
     above = owner[node]
-    dim, parts = ir.argument(above, "dim"), buffers.parts(above)
-    start = sum(_length(part, dim) for part in parts[: parts.index(node)])
-    whole = _view(rewriter, above, owner, memory)
-    return rewriter.call(aten.slice.Tensor, whole, dim, start, start + _length(node, dim))
+    dim, start, inner = ir.argument(above, "dim"), _start(node, above), _length(node, ir.argument(above, "dim"))
+    while above in owner and ir.argument(owner[above], "dim") == dim:
+        start += _start(above, owner[above])
+        above = owner[above]
+    return rewriter.call(aten.slice.Tensor, _view(rewriter, above, owner, memory), dim, start, start + inner)
+
+
+def _start(part: fx.Node, buffer: fx.Node) -> int:
+    """Where in a buffer a part begins."""
+    dim, parts = ir.argument(buffer, "dim"), buffers.parts(buffer)
+    return sum(_length(before, dim) for before in parts[: parts.index(part)])
 
 
 def _length(part: fx.Node, dim: int) -> int:
