@@ -84,7 +84,7 @@ class Request:
     seed: int
     randomize_norms: bool | None
     passes: tuple[str | tuple[str, ...], ...] | None
-    disable: tuple[tuple[str, ...], ...]
+    disable: tuple[tuple[str | tuple[str, ...], ...], ...]
     backend: str
     numerics: str
     verify: bool
@@ -184,7 +184,7 @@ def _make(request: Request, told: Progress) -> Made:
             args if shapes else None,
             kwargs or None,
             passes="default" if request.passes is None else request.passes,
-            disable=tuple(name for names in request.disable for name in names),
+            disable=[name for names in request.disable for entry in names for name in _written_out(entry)],
             backend=request.backend,
             numerics=request.numerics,  # type: ignore[arg-type]
             verify="each" if request.verify_each else request.verify,
@@ -195,6 +195,11 @@ def _make(request: Request, told: Progress) -> Made:
     if not compiled._session.programs:
         _raise_untraceable(model)
     return Made(model, compiled, shapes, picture, randomized)
+
+
+def _written_out(entry: str | tuple[str, ...]) -> tuple[str, ...]:
+    """The names of an entry: of a group, as `a+b` is, all."""
+    return (entry,) if isinstance(entry, str) else entry
 
 
 def _raise_untraceable(model: torch.nn.Module) -> NoReturn:

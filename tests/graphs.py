@@ -14,6 +14,7 @@ from torch import fx, nn
 
 import fxopt
 from fxopt import ir
+from fxopt.testing.oracle import bits
 
 FRONT_ENDS = ("symbolic", "export")
 
@@ -78,12 +79,6 @@ def unmodified(model: nn.Module) -> Iterator[None]:
         assert after[name] is tensor, f"{name} is another tensor than before"
         assert bits(tensor) == bits(copied), f"{name} was written"
     assert model.training is mode
-
-
-def bits(tensor: torch.Tensor) -> bytes:
-    """A tensor's memory, which tells -0.0 from 0.0 and one NaN from another."""
-    packed = tensor.detach().clone(memory_format=torch.contiguous_format)
-    return packed.view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
 
 
 def compiled_by(

@@ -62,6 +62,7 @@ LAYERS = (
     "compiler",
     "verification",
     "testing.network",  # what a plugin's tests use
+    "testing.oracle",
     "testing.builder",
     "testing.layers",
     "testing.moves",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from fxopt import plugins
-from fxopt.testing import Network
-from oracle import Oracle, captured, interpreted, rewritten
+from fxopt.testing import Network, Oracle
+from harness import captured, interpreted, rewritten
 
 FOUND = [
     pytest.param(

@@ -17,25 +17,12 @@ from torch import fx, nn
 
 import fxopt
 from chains import ACTIVATIONS, PIECEWISE, Chain, Spec, specs
-from fxopt import ir, normalize, plugins
-from fxopt.capture import capture_symbolic, private_copy
-from fxopt.lowering.backend import set_concrete_values
-from fxopt.pipeline import PassManager, Run, flat
+from fxopt import ir, plugins
+from fxopt.pipeline import flat
 from graphs import Network, operations, randomised
+from harness import captured, rewritten
 
 # -- running ---------------------------------------------------------------------------------------------------------
-
-
-def captured(model: nn.Module, x: torch.Tensor) -> fx.GraphModule:
-    """The chain in normal form, with values."""
-    module, _ = ir.copy(capture_symbolic(private_copy(model)).module)
-    set_concrete_values(module, [x])
-    normalize.normalize(module)
-    return module
-
-
-def rewritten(module: fx.GraphModule, passes: Sequence[Any]) -> Run:
-    return PassManager(tuple(passes), strict=True).run(module)
 
 
 def result_of(module: fx.GraphModule, x: torch.Tensor) -> torch.Tensor:

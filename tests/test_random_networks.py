@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,8 +14,8 @@ from hypothesis import event
 
 import fxopt
 from fxopt import plugins
-from fxopt.testing import Network, networks
-from oracle import Oracle, captured, interpreted, on_random, rewritten
+from fxopt.testing import Network, Oracle, networks
+from harness import captured, everything_pays, interpreted, on_random, rewritten
 
 SHARDS = 10
 
@@ -24,23 +25,26 @@ numbers = pytest.mark.parametrize(
 shards = pytest.mark.parametrize("shard", range(SHARDS), ids=lambda shard: f"part {shard + 1} of {SHARDS}")
 
 
+def check_pipeline(network: Network) -> None:
+    """Rewritten by the whole pipeline a network gives what it gave, and the pipeline is through with it."""
+    oracle = Oracle(network)
+    module = captured(network, *oracle.inputs())
+    passes = plugins.default_pipeline()
+    rewrites = rewritten(module, passes).journal.rewrites
+    for rule in {f"{rewrite.pass_name}: {rewrite.rule}" for rewrite in rewrites}:
+        event(rule)
+    assert not oracle.differences(interpreted(module)), rewrites
+    before = str(module.graph)
+    assert not rewritten(module, passes).journal.rewrites, "the pipeline has more to do when it runs again"
+    assert str(module.graph) == before
+
+
 @numbers
 @shards
 def test_the_pipeline_keeps(graphs: int, exact: bool, shard: int) -> None:
-    passes = plugins.default_pipeline()
-
-    def check(network: Network) -> None:
-        oracle = Oracle(network)
-        module = captured(network, *oracle.inputs())
-        journal = rewritten(module, passes).journal
-        for rule in {f"{rewrite.pass_name}: {rewrite.rule}" for rewrite in journal.rewrites}:
-            event(rule)
-        assert not oracle.differences(interpreted(module)), journal.rewrites
-        before = str(module.graph)
-        assert not rewritten(module, passes).journal.rewrites, "the pipeline is not idempotent"
-        assert str(module.graph) == before
-
-    on_random(networks(exact=exact), graphs // (2 * SHARDS), shard, check)
+    # Half of them do what an estimate advises against: so small are they that it always does.
+    with everything_pays() if shard % 2 else nullcontext():
+        on_random(networks(exact=exact), graphs // (2 * SHARDS), shard, check_pipeline)
 
 
 @shards

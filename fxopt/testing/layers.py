@@ -96,9 +96,9 @@ def convolution(b: Builder) -> None:
 
 
 def odd_convolution(b: Builder) -> None:
-    """Dilated, of oblong kernels, of other padding modes; sizes may change by side."""
-    source = b.real(4)
-    channels = b.size(source, 1)
+    """Dilated, of oblong kernels, of other padding modes, without a batch; sizes may change by side."""
+    source = b.real(4, 4, 3) if b.pick((True, True, False)) else b.real(3)
+    channels = b.size(source, -3)
     options = b.pick(
         (
             "(1, 3), padding=(0, 1)",
@@ -114,7 +114,9 @@ def odd_convolution(b: Builder) -> None:
         )
     )
     layer = b.layer(f"nn.Conv2d({channels}, {b.pick((2, 4))}, {options}{b.typed(source)})")
-    b.let(f"{layer}({source})")
+    result = b.let(f"{layer}({source})")
+    if b.pick((False, False, True)):
+        normalise(b, result)
 
 
 def transposed_convolution(b: Builder) -> None:
@@ -204,6 +206,8 @@ def activation(b: Builder) -> None:
 def _constant(b: Builder, source: str, kind: str = "numbers") -> str:
     """A tensor that aligns with a value in one way or another: per channel, along the last dimension, single, full."""
     rank, typed = b.rank(source), b.typed(source)
+    if b.pick((False,) * 9 + (True,)):
+        typed = ", dtype=torch.float32" if b.exact else ", dtype=torch.float64"
     channels = [b.size(source, 1)] + [1] * (rank - 2) if rank > 1 else [1]
     sizes = b.pick((channels, channels, channels, [b.size(source, -1)], [1], [], [1, *channels]))
     text = f"{kind}({', '.join(map(str, sizes))}{typed})".replace("(, ", "(")
@@ -257,7 +261,9 @@ def nothing(b: Builder) -> None:
     source = b.real()
     forms = ("{0} * 1", "{0}.clone()", "{0} + 0", "{0} - 0", "{0} / 1", "{0}.contiguous()", "1.0 * {0}", "0.0 + {0}",
              "F.dropout({0}, 0.5, training=False)", "{0}[:]", "{0}.to({0}.dtype)", "F.pad({0}, (0, 0))",
-             "torch.cat([{0}], 0)", "{0}.expand_as({0})", "{0}.detach()")  # fmt: skip
+             "torch.cat([{0}], 0)", "{0}.expand_as({0})", "{0}.detach()",
+             "{0}.contiguous(memory_format=torch.channels_last)", "{0}.to(memory_format=torch.channels_last)",
+             )  # fmt: skip
     if b.pick((False, False, False, True)):
         layers = ("nn.Identity()", "nn.Dropout(0.5)", "nn.Dropout(0.5, inplace=True)", "nn.Dropout2d(0.1)")
         b.let(f"{b.layer(b.pick(layers))}({source})")

@@ -1,45 +1,29 @@
-"""What a rewritten network must keep: values, structure, dtypes, strides, which results share memory with which, what
-it writes to its inputs, and the original model. `Oracle` runs a `fxopt.testing.Network` and says what another run does
-otherwise.
+"""What a network gives, and whether what was made of it gives the same: values, structure, dtypes, strides, which
+results share memory with which, what is written to the inputs, and the original model, which stays as it was.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import hypothesis
 import torch
-from hypothesis import strategies as st
-from torch import fx
 from torch.utils import _pytree as pytree
 
-from fxopt import ir, normalize
-from fxopt.capture import capture_symbolic, private_copy
 from fxopt.compare import compare, relative_error, unit
-from fxopt.lowering.backend import set_concrete_values
-from fxopt.pipeline import PassManager, Run
-from fxopt.rewrite import Numerics
-from fxopt.testing import Network
-from graphs import bits
+from fxopt.testing.network import Network
 
+#: What an input has among its numbers where every bit is to be compared.
 SPECIAL = (-0.0, float("inf"), float("nan"), 0.0, -float("inf"))
 
 
-def captured(model: torch.nn.Module, *inputs: torch.Tensor) -> fx.GraphModule:
-    """A model in normal form, traced symbolically and given the values that it has for these inputs."""
-    module, _ = ir.copy(capture_symbolic(private_copy(model)).module)
-    set_concrete_values(module, inputs)
-    normalize.normalize(module)
-    return module
-
-
-def rewritten(module: fx.GraphModule, passes: Sequence[Any], numerics: Numerics = "reassociate") -> Run:
-    """Runs passes over a module; what fails raises."""
-    return PassManager(tuple(passes), numerics=numerics, strict=True).run(module)
+def bits(tensor: torch.Tensor) -> bytes:
+    """A tensor's memory, which tells -0.0 from 0.0 and one NaN from another."""
+    packed = tensor.detach().clone(memory_format=torch.contiguous_format)
+    return packed.view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
 
 
 @dataclass
@@ -66,11 +50,6 @@ def run(call: Callable[..., Any], inputs: tuple[torch.Tensor, ...]) -> Outcome:
     with torch.no_grad():
         results, structure = pytree.tree_flatten(call(*inputs))
     return Outcome(results, structure, inputs)
-
-
-def interpreted(module: fx.GraphModule) -> Callable[..., Any]:
-    """A module of the IR as something to call, node by node."""
-    return lambda *inputs: ir.interface(module).out_spec.unflatten(list(fx.Interpreter(module).run(*inputs)))
 
 
 class Oracle:
@@ -104,7 +83,8 @@ class Oracle:
             pairs = zip(expected.tensors, actual.tensors, strict=True)
             found += [f"tensor {index} has other bits" for index, (a, b) in enumerate(pairs) if bits(a) != bits(b)]
         verdict = compare(left, right, reference=self._reference, bitwise=self.network.exact)
-        if not verdict.ok and not found and (self.network.exact or not self._unlucky(left, right)):
+        settled = verdict.original_error is not None  # by the reference: all else but rounding is as it should be
+        if not verdict.ok and not found and not (settled and self._unlucky(left, right)):
             found.append(verdict.reason)
         if expected.sharing() != actual.sharing():
             found.append(f"inputs and results share memory as {actual.sharing()}, not {expected.sharing()}")
@@ -163,17 +143,3 @@ def _error(expected: Any, actual: Any) -> float:
     if expected.dtype.is_floating_point and expected.shape == actual.shape:
         return relative_error(expected, actual)
     return 0.0 if torch.equal(expected, actual) else float("inf")
-
-
-def on_random(networks: st.SearchStrategy[Any], count: int, seed: int, check: Callable[[Any], None]) -> None:
-    """Checks `count` networks: the same ones for the same seed, others by HYPOTHESIS_PROFILE=long. A failing one is
-    shrunk and printed."""
-
-    @hypothesis.settings(max_examples=count)
-    @hypothesis.given(network=networks)
-    def body(network: Any) -> None:
-        check(network)
-
-    if hypothesis.settings().derandomize:
-        body = hypothesis.seed(seed)(body)
-    body()
