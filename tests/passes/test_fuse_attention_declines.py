@@ -115,6 +115,7 @@ KEPT: list[tuple[str, Body, str]] = [
         lambda m, x: weighted(x, scores(x) + m.lowest + torch.where(x[:, None, None, :, 0, 0, 0] > 9, MIN, 0.0)),
         "leave the range",
     ),
+    ("one number for all scores", lambda m, x: weighted(x, scores(x) + m.scale), "has no dimensions"),
     ("integers that are added", lambda m, x: weighted(x, scores(x) + m.whole), "not floating point"),
     (
         "a mask that is written",
