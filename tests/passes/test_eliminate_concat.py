@@ -338,7 +338,7 @@ NO_COMMUTE: list[tuple[str, Body, tuple[int, ...], str]] = [
     ("a step of two operands", lambda m, x: both_convs(m, x) * 2, IMAGE, "mul does not commute"),
     ("a norm over another dim", lambda m, x: m.norm12(cat([m.a(x), m.b(x)], 2)), IMAGE, "joins dim 2, not channels"),
     ("a norm by the batch", lambda m, x: m.free(both_convs(m, x)), IMAGE, "training mode"),
-    ("a norm that no layer takes", lambda m, x: m.norm(cat([m.a(x), x], 1)), IMAGE, r"^\w+ would not take batch_norm up"),
+    ("a norm that no layer takes", lambda m, x: m.norm(cat([m.a(x), x], 1)), IMAGE, r"^\w+ would not take batch_norm"),
     ("a norm behind relu", lambda m, x: m.norm(cat([m.a(x), relu(m.b(x))], 1)), IMAGE, "relu would not take batch_n"),
     ("a norm behind an unbatched conv", unbatched_convs, IMAGE, "unsqueeze would not take batch_norm"),
     ("a pool along the concat", lambda m, x: F.max_pool2d(cat([x, relu(x)], 2), 2), (2, 16, 64, 64), "along which"),
