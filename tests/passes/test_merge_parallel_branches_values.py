@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import event, given
 from hypothesis import strategies as st
 from torch import fx, nn
 
-import fxopt
-from branches import IMAGE, MERGE, PASSES, both, model_of, parts
+from branches import MERGE, PASSES
 from fxopt import ir, normalize, plugins
 from fxopt.capture import capture_symbolic, private_copy
 from fxopt.lowering.backend import set_concrete_values
 from fxopt.pipeline import PassManager
-from graphs import Network, compiled_by, fired, only, operations
+from graphs import operations
 
 # -- random sums -----------------------------------------------------------------------------------------------------
 
