@@ -10,12 +10,13 @@ from hypothesis import event, given
 from hypothesis import strategies as st
 from torch import fx, nn
 
-from branches import MERGE, PASSES
+import fxopt
+from branches import IMAGE, MERGE, PASSES, model_of
 from fxopt import ir, normalize, plugins
 from fxopt.capture import capture_symbolic, private_copy
 from fxopt.lowering.backend import set_concrete_values
 from fxopt.pipeline import PassManager
-from graphs import operations
+from graphs import Network, fired, operations
 
 # -- random sums -----------------------------------------------------------------------------------------------------
 
@@ -203,3 +204,93 @@ def test_every_bit_is_kept_in_exact_arithmetic_and_once_is_enough(drawn: Drawn) 
     before = str(module.graph)
     assert not manager.run(module).journal.rewrites
     assert str(module.graph) == before
+
+
+# -- rounding and dtypes ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rounding_is_no_worse_than_twice_eagers(dtype: torch.dtype) -> None:
+    model = model_of(lambda m, x: m.one(x) + m.three(x) - m.bare(x) + x + m.norm(x)).to(dtype)
+    x = torch.randn(16, 4, 9, 9).to(dtype)
+    fast = fxopt.compile(model, (x,), passes=PASSES, backend="aten", verify=False, strict=True)
+    assert operations(fast.fused_graph) == {"conv2d": 1}
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(x.double())
+        eager, ours = (float((found.double() - exact).abs().max()) for found in (model(x), fast(x)))
+    assert fast(x).dtype == dtype
+    assert ours <= 2 * eager + 4 * torch.finfo(dtype).eps
+
+
+def test_the_weights_are_added_up_once() -> None:
+    """Eight times 1/2 of the last place: one by one each would be rounded away."""
+    layers = {f"conv{index}": nn.Conv2d(2, 2, 1, bias=False) for index in range(9)}
+    with torch.no_grad():
+        for index in range(9):
+            layers[f"conv{index}"].weight.fill_(1.0 if index == 0 else 2.0**-24)
+    model = Network(lambda m, x: sum(getattr(m, name)(x) for name in layers), **layers).eval()
+    fast = fxopt.compile(model, passes=PASSES)
+    (weight,) = fast.state_dict().values()
+    assert torch.equal(weight, torch.full((2, 2, 1, 1), 1 + 2.0**-21))
+
+
+@pytest.mark.parametrize("example", [True, False])
+def test_under_autocast_layers_are_narrower_than_what_stands_beside_them(example: bool) -> None:
+    x = torch.randn(IMAGE)
+    for body in (
+        lambda m, x: m.one(x) + m.three(x),
+        lambda m, x: m.three(x) + x,
+        lambda m, x: m.three(x) + m.norm(x),
+        lambda m, x: m.one(x) + m.three(x) + x.relu(),
+    ):
+        model = model_of(body)
+        fast = fxopt.compile(model, (x,) if example else None, passes=PASSES, backend="aten")
+        fast(x)
+        assert fired(fast) == [MERGE]
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            expected, actual = model(x), fast(x)
+        assert actual.dtype == expected.dtype
+        torch.testing.assert_close(actual, expected, atol=0.1, rtol=0.1)
+
+
+# -- infinities ------------------------------------------------------------------------------------------------------
+
+
+def reach(model: nn.Module, value: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which pixels of channel 0 are finite, in the model and merged, where one pixel of the input is not."""
+    x = torch.zeros(1, 4, 5, 5)
+    x[0, 0, 2, 2] = value
+    fast = fxopt.compile(model, (torch.zeros(1, 4, 5, 5),), passes=PASSES, backend="aten", strict=True)
+    assert fired(fast) == [MERGE]
+    with torch.no_grad():
+        return model(x)[0, 0].isfinite(), fast(x)[0, 0].isfinite()
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_an_infinity_spreads_over_the_zeros_around_a_kernel(value: float) -> None:
+    """Not promised, and not kept: zero times infinity is NaN. What is promised is for finite values."""
+    eager, merged = reach(model_of(lambda m, x: m.row(x) + m.column(x)), value)
+    cross, square = torch.ones(5, 5, dtype=torch.bool), torch.ones(5, 5, dtype=torch.bool)
+    cross[2, 1:4] = cross[1:4, 2] = square[1:4, 1:4] = False
+    assert torch.equal(eager, cross)
+    assert torch.equal(merged, square)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_an_infinity_spreads_no_further_than_the_largest_kernel_that_was_there(value: float) -> None:
+    eager, merged = reach(model_of(lambda m, x: m.three(x) + m.one(x) + x), value)
+    assert torch.equal(eager, merged)
+
+
+def test_an_infinity_of_a_value_beside_a_layer_is_nan_behind_the_zeros_of_its_unit_kernel() -> None:
+    x = torch.zeros(1, 4, 1, 1)
+    x[0, 0] = float("inf")
+    layer = nn.Conv2d(4, 4, 1)
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+        layer.weight[1, 0] = -1.0
+    model = Network(lambda m, x: m.layer(x) + m.pool(x), layer=layer, pool=nn.AvgPool2d(1)).eval()
+    fast = fxopt.compile(model, (torch.zeros(1, 4, 1, 1),), passes=PASSES, backend="aten", strict=True)
+    assert fired(fast) == [MERGE]
+    with torch.no_grad():
+        assert model(x).flatten().tolist() == fast(x).flatten().tolist()  # both read channel 0 anyway
