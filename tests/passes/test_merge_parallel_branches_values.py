@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import event, given
 from hypothesis import strategies as st
