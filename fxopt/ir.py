@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 from torch._ops import HigherOrderOperator, OpOverload
+from torch._prims_common import suggest_memory_format
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -373,9 +374,17 @@ def infer(node: fx.Node) -> Any:
         return None
     try:
         with _inference(mode):
-            return cast(Any, node.target)(*args, **kwargs)
+            return _as_the_kernel(node.target, args, cast(Any, node.target)(*args, **kwargs))
     except _NOT_INFERRED:
         return None
+
+
+def _as_the_kernel(target: Any, args: tuple[Any, ...], found: Any) -> Any:
+    """What was inferred, with the strides that the real kernel gives: the CPU's batch norm packs its result in the
+    memory format that its input suggests, where the fake one keeps the input's strides."""
+    if target is not torch.ops.aten.batch_norm.default or found.device.type != "cpu":
+        return found
+    return torch.empty_like(found, memory_format=suggest_memory_format(args[0]))
 
 
 def update_value(node: fx.Node) -> None:

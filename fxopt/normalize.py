@@ -27,6 +27,7 @@ def normalize(module: fx.GraphModule) -> None:
     for node in module.graph.nodes:
         _respell(node)
     _unify_tensors(editor)
+    _infer_strides(module)
     propagate_sizes(module)
     for node in module.graph.nodes:
         _respell(node)
@@ -82,6 +83,19 @@ def _unify_tensors(editor: Editor) -> None:
         if kept is not node:
             editor.replace_uses(node, kept)
             editor.erase(node)
+
+
+def _infer_strides(module: fx.GraphModule) -> None:
+    """Gives what torch.export captured the strides that kernels give, where `ir.infer` knows better than export did."""
+    changed: set[fx.Node] = set()
+    for node in module.graph.nodes:
+        before = ir.fake(node)
+        if before is None or (node.target is not aten.batch_norm.default and changed.isdisjoint(node.all_input_nodes)):
+            continue
+        after = ir.infer(node)
+        if isinstance(after, torch.Tensor) and not ir.same_sizes(before.stride(), after.stride()):
+            node.meta["val"] = after
+            changed.add(node)
 
 
 # -- in-place operations ---------------------------------------------------------------------------------------------

@@ -32,9 +32,24 @@ def rewritten(module: fx.GraphModule, passes: Sequence[Any], numerics: Numerics 
     return PassManager(tuple(passes), numerics=numerics, strict=True).run(module)
 
 
+class _Watched(fx.Interpreter):
+    """Runs a graph; what PyTorch gives must be what was inferred for each node."""
+
+    def run_node(self, node: fx.Node) -> Any:
+        found, inferred = super().run_node(node), ir.fake(node)
+        if inferred is not None and isinstance(found, torch.Tensor):
+            assert _kind(found) == _kind(inferred), f"{node.name} is {_kind(found)}, not {_kind(inferred)} as inferred"
+        return found
+
+
+def _kind(value: torch.Tensor) -> tuple[Any, ...]:
+    strides = [stride for stride, size in zip(value.stride(), value.shape, strict=True) if size != 1]
+    return (tuple(value.shape), value.dtype, strides)
+
+
 def interpreted(module: fx.GraphModule) -> Callable[..., Any]:
     """A module of the IR as something to call, node by node."""
-    return lambda *inputs: ir.interface(module).out_spec.unflatten(list(fx.Interpreter(module).run(*inputs)))
+    return lambda *inputs: ir.interface(module).out_spec.unflatten(list(_Watched(module).run(*inputs)))
 
 
 @contextmanager

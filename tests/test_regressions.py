@@ -198,6 +198,25 @@ def test_a_trace_tells_devices_dtypes_and_shapes_of_other_tensors_apart(body: An
 
 
 @front_ends
+@pytest.mark.parametrize(
+    ("norm", "shape"),
+    [
+        pytest.param(nn.BatchNorm1d(6), (2, 5, 6), id="of tokens"),
+        pytest.param(nn.BatchNorm2d(6), (2, 6, 4, 6), id="of an image"),
+    ],
+)
+def test_a_norm_of_a_transposed_value_is_packed_as_the_kernel_packs_it(
+    front_end: str, norm: nn.Module, shape: tuple[int, ...]
+) -> None:
+    """The fake kernel keeps the strides of its input, by which `contiguous()` would do nothing."""
+    model = Network(lambda m, x: m.norm(x.transpose(1, -1)).transpose(1, -1).contiguous(), norm=norm).eval()
+    fast = compiled(front_end, model, torch.randn(shape))
+    for batch in (2, 3):
+        x = torch.randn(batch, *shape[1:])
+        torch.testing.assert_close(fast(x), model(x), check_stride=True)
+
+
+@front_ends
 @pytest.mark.parametrize("sizes", [(5,), (5, 4), (5, 4, 3)], ids=["1d", "2d", "3d"])
 def test_a_map_of_any_rank_is_enlarged(front_end: str, sizes: tuple[int, ...]) -> None:
     model, x = Network(lambda m, x: F.interpolate(x, scale_factor=2) + 1), torch.randn(2, 3, *sizes)

@@ -14,12 +14,14 @@ from typing import Any, TextIO, cast
 
 import torch
 from torch import fx
+from torch._prims_common import suggest_memory_format
 from torch.export import Dim
 from torch.export import _trace as export_trace
 from torch.export.graph_signature import InputKind, OutputKind
 
 from fxopt import check, hints, ir, normalize
 from fxopt.capture.program import Captured, FlatModel, Inputs, line_of_trace, strip_root, user_line_of_error
+from fxopt.edit import Editor
 from fxopt.errors import CaptureError, UsageError
 
 
@@ -114,7 +116,7 @@ def _export(
 ) -> Captured:
     flat = FlatModel(model, inputs)
     try:
-        with _quiet(), torch.set_grad_enabled(grad):
+        with _quiet(), torch.set_grad_enabled(grad), _packed_norms(model):
             program = torch.export.export(
                 flat, inputs.tensors, strict=False, dynamic_shapes=_dynamic(inputs, dynamic_shapes)
             )
@@ -128,9 +130,40 @@ def _export(
     assert flat.structure.spec is not None
     module = _unlift(program, flat, inputs)
     normalize.normalize(module)
+    _drop_packing(module)
     check.check(module, after="capture by torch.export", captured=True)
     bounds = {str(symbol): _bounds(span) for symbol, span in program.range_constraints.items() if span.is_int}
     return Captured(module, "export", tuple(program._guards_code), bounds, notices, grad)
+
+
+@contextmanager
+def _packed_norms(model: torch.nn.Module) -> Iterator[None]:
+    """The CPU's batch norm packs its result; the fake one that export runs keeps its input's strides, and would lose a
+    `contiguous()` behind it. Each norm of the private copy packs for the time being."""
+
+    def pack(norm: torch.nn.Module, inputs: tuple[Any, ...], result: Any) -> Any:
+        if isinstance(result, torch.Tensor) and result.device.type == "cpu" and result.layout is torch.strided:
+            return result.contiguous(memory_format=suggest_memory_format(inputs[0]))
+        return result
+
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+    hooks = [norm.register_forward_hook(pack) for norm in norms]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _drop_packing(module: fx.GraphModule) -> None:
+    """Takes out what `_packed_norms` made: with the strides that the norm really gives, it does nothing."""
+    editor = Editor(module)
+    for node in list(module.graph.find_nodes(op="call_function", target=torch.ops.aten.clone.default)):
+        norm, before, after = node.args[0], ir.fake(node.args[0]), ir.fake(node)
+        alone = norm.target is torch.ops.aten.batch_norm.default and len(norm.users) == 1 and bool(node.kwargs)
+        if alone and before is not None and after is not None and ir.same_sizes(before.stride(), after.stride()):
+            editor.replace_uses(node, norm)
+            editor.erase(node)
 
 
 def _first_lines(error: Exception) -> str:
