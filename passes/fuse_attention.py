@@ -172,8 +172,10 @@ class _Builder:
                 scale *= mask.fill
                 if not mask.drop:
                     value = call(aten.logical_not.default, value)
-                value = call(aten.to.dtype, value, dtype)
             if scale != 1:
+                # In half precision it might be infinite.
+                if ir.dtype(value) is not _widened(dtype):
+                    value = call(aten.to.dtype, value, _widened(dtype))
                 value = call(aten.mul.Tensor, value, scale)
             parts.append(self._moved(value, mask.lead))
         whole = parts[0] if parts else None

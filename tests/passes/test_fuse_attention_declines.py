@@ -120,6 +120,11 @@ KEPT: list[tuple[str, Body, str]] = [
         lambda m, x: weighted_over(x, ((q(x)[:1] @ k(x)[:1].mT) + m.bias.expand(B, H, N, N)).softmax(-1)),
         "is expand, no product",
     ),
+    (
+        "scores replaced by more than one number",
+        lambda m, x: weighted(x, torch.where(m.future, m.plane - 1e10, scores(x))),
+        "is where, no product",
+    ),
     ("one number for all scores", lambda m, x: weighted(x, scores(x) + m.scale), "has no dimensions"),
     ("integers that are added", lambda m, x: weighted(x, scores(x) + m.whole), "not floating point"),
     (
@@ -178,12 +183,12 @@ KEPT: list[tuple[str, Body, str]] = [
     (
         "softmax over all scores of a head",
         lambda m, x: scores(x).reshape(B, H, N * N).softmax(-1).view(B, H, N, N) @ v(x),
-        "reshapes the queries or keys",
+        "reshapes the queries or keys of the scores",
     ),
     (
         "weights that are reshaped",
         lambda m, x: scores(x).softmax(-1).reshape(B, H, N // 2, 2 * N) @ torch.cat([v(x), v(x)], 2),
-        "reshapes the queries or keys",
+        "reshapes the queries or keys of the weights",
     ),
     (
         "a softmax over dim 1 of scores that were regrouped",
