@@ -210,7 +210,7 @@ def test_two_inputs_that_are_equal_are_two_values() -> None:
 
 
 def test_a_long_sum_and_one_that_doubles() -> None:
-    long = Network(lambda m, x: sum([m.one(x), *[x] * 2000, m.three(x)]), **parts()).eval()
+    long = Network(lambda m, x: sum([m.one(x), *[0.5] * 2000, m.three(x)]), **parts()).eval()
     compiled = fxopt.compile(long, passes=PASSES, verify=False, strict=True)
     assert operations(compiled.fused_graph) == ONE
 
