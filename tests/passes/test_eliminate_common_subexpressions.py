@@ -160,6 +160,11 @@ DECLINES: list[tuple[str, Body, str]] = [
     ("two views of one value are handed out", lambda m, x: (x[0], x[0]), "hands out both select and select_1"),
     ("one is handed out, a view of the other, too", lambda m, x: (x.exp(), x.exp().view(-1)), "hands out both exp"),
     (
+        "one is handed out since another was merged with it",
+        lambda m, x: (x.relu() * 2, x.relu(), x.relu()),
+        "hands out both relu and relu_2",
+    ),
+    (
         "both are handed out through an operator that hands on its input",
         lambda m, x: (drop(x.exp()), drop(x.exp())),
         "hands out both exp and exp_1",
