@@ -71,8 +71,9 @@ class PassResult:
 
         What was saved while shapes were not known cannot be told from what was saved after.
         """
+        verdict = self.verdict if again.verdict is None else again.verdict
         if not self.rewrites:
-            return replace(again, seconds=self.seconds + again.seconds)
+            return replace(again, seconds=self.seconds + again.seconds, verdict=verdict)
         after = None
         if self.work_after is not None and again.work_before is not None and again.work_after is not None:
             after = self.work_after + (again.work_after - again.work_before)
@@ -84,6 +85,7 @@ class PassResult:
             seconds=self.seconds + again.seconds,
             work_before=self.work_before,
             work_after=after,
+            verdict=verdict,
         )
 
     def to_dict(self) -> dict[str, Any]:
