@@ -62,7 +62,8 @@ def part(b: Builder) -> None:
                   "torch.stack({0}.unbind(1), 1)", "torch.stack([{0}[:, 0], {0}[:, 1]], 1)", "torch.stack([{0}])",
                   "torch.cat([{0}[:, :1], {0}[:, 1:]], 1)", "torch.cat({0}.split(1, 1), 1)",
                   "{0}.tensor_split(2, 1)[1]", "torch.cat([{0}[:, :1], {0}[:, 1:]], 1)[:, 1:]",
-                  "torch.stack([{0}, {0}], 1)[:, 0]", "torch.cat([{0}, {0}], 0)[:{0}.shape[0]]", "{0}[:, ::2][:, :1]")).format(source))  # fmt: skip
+                  "torch.stack([{0}, {0}], 1)[:, 0]", "torch.cat([{0}, {0}], 0)[:{0}.shape[0]]",
+                  "{0}[:, ::2][:, :1]")).format(source))  # fmt: skip
 
 
 # -- shapes and dtypes -----------------------------------------------------------------------------------------------
