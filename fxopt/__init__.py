@@ -16,9 +16,10 @@ from fxopt.errors import (
     VerificationError,
 )
 from fxopt.graphdiff import GraphDiff, diff
+from fxopt.journal import UNKNOWN
 from fxopt.pattern import Match, NoMatch, any_of, call, const, lit, var
 from fxopt.plugins import passes, register
-from fxopt.rewrite import UNKNOWN, Pass, Rewriter, Rule
+from fxopt.rewrite import Pass, Rewriter, Rule
 from fxopt.runtime import CompiledModule
 from fxopt.verification import Verification, verify
 

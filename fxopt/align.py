@@ -14,7 +14,7 @@ from typing import Any
 from torch import fx
 
 from fxopt import ir
-from fxopt.rewrite import Rewrite
+from fxopt.journal import Rewrite
 
 #: (pass, rule): what removed, added or replaced nodes.
 Step = tuple[str, str]

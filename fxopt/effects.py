@@ -26,6 +26,7 @@ _FRESH_COMPOSITES = frozenset(
         aten.linear.default,
         aten.batch_norm.default,
         aten.layer_norm.default,
+        aten.rms_norm.default,
         aten.group_norm.default,
         aten.instance_norm.default,
         aten.matmul.default,

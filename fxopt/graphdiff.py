@@ -23,7 +23,7 @@ from fxopt.nodediff import argument_texts, changes, is_size, lines, module_paths
 from fxopt.pipeline import both
 
 if TYPE_CHECKING:
-    from fxopt.rewrite import Decline
+    from fxopt.journal import Decline
     from fxopt.runtime import CompiledModule
 
 Status = Literal["kept", "changed", "removed", "added"]

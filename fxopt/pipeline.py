@@ -15,9 +15,11 @@ from torch import fx
 
 from fxopt import check, cost, ir
 from fxopt.compare import Verdict
+from fxopt.driver import apply
 from fxopt.edit import Editor
 from fxopt.errors import FxoptError, VerificationError
-from fxopt.rewrite import Journal, Numerics, Pass, apply
+from fxopt.journal import Journal
+from fxopt.rewrite import Numerics, Pass
 
 #: What a pipeline of each numerics admits.
 _ADMITS: dict[Numerics, tuple[Numerics, ...]] = {

@@ -14,10 +14,11 @@ from fxopt.capture import Captured, Inputs
 from fxopt.edit import Editor
 from fxopt.errors import FxoptError, InputError
 from fxopt.guards import Guards
+from fxopt.journal import Decline, Journal
 from fxopt.lowering.backend import Backend, Runner, Setting, set_concrete_values
 from fxopt.pipeline import Judge, PassManager, PassResult, Progress, Step, only
 from fxopt.report import Report, compute_nodes
-from fxopt.rewrite import Decline, Journal, Numerics
+from fxopt.rewrite import Numerics
 
 
 @dataclass(frozen=True)

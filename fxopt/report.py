@@ -12,8 +12,8 @@ from torch import fx
 from fxopt import cost, ir
 from fxopt.compare import Verdict
 from fxopt.errors import UsageError
+from fxopt.journal import Decline, Journal, Rewrite
 from fxopt.pipeline import PassResult, both, compute_nodes
-from fxopt.rewrite import Decline, Journal, Rewrite
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult

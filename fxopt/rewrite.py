@@ -1,23 +1,24 @@
-"""Rules and the worklist driver that applies them.
+"""Rules, passes, and the rewriter through which they change a graph.
 
-A rule is a pattern, a guard that may decline with a reason, and a rewrite. The driver, not the rule, enforces what
+A rule is a pattern, a guard that may decline with a reason, and a rewrite. The rewriter, not the rule, enforces what
 holds for every rule: nothing that others read is lost, no match spans a write, the result keeps shape, dtype, device,
-memory of its own, and strides where they show, and a rule that does not come to an end is stopped and named.
+memory of its own, and strides where they show.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
 from torch import fx
 
-from fxopt import buffers, effects, ir, observe
+from fxopt import effects, ir, observe
 from fxopt.edit import Editor
-from fxopt.errors import ConvergenceError, FxoptError, RewriteError
+from fxopt.errors import FxoptError, RewriteError
+from fxopt.journal import UNKNOWN, Decline, Journal, Rewrite
 from fxopt.pattern import Guard, Match, NoMatch, Pattern
 
 Numerics = Literal["bitwise", "reassociate", "approximate"]
@@ -55,61 +56,6 @@ class Pass:
     def __post_init__(self) -> None:
         if bool(self.rules) == (self.run is not None):
             raise TypeError(f"pass {self.name!r} needs either rules or a function")
-
-
-@dataclass(frozen=True)
-class Rewrite:
-    """One rewrite that happened: which operations were removed and added, in whose place, and where they came from.
-
-    `replaced` has each node that is not read any more with the one that is read instead: `("relu", "convolution")`; a
-    node that was only removed has none: `("relu", "")`.
-    """
-
-    pass_name: str
-    rule: str
-    replaced: tuple[tuple[str, str], ...]
-    removed: tuple[str, ...]
-    added: tuple[str, ...]
-    origins: tuple[ir.Origin, ...]
-
-    @property
-    def root(self) -> str:
-        """The node that was replaced; of several the first."""
-        return self.replaced[0][0]
-
-    @property
-    def result(self) -> str:
-        """What is read instead of `root`."""
-        return self.replaced[0][1]
-
-
-@dataclass(frozen=True)
-class Decline:
-    """One rewrite that did not happen, and why.
-
-    `pending` says that it waits for the first call's shapes; `fits` that the pattern was there and a guard declined, so
-    that a user may want to know without asking.
-    """
-
-    pass_name: str
-    rule: str
-    node: str
-    reason: str
-    origins: tuple[ir.Origin, ...]
-    pending: bool = False
-    fits: bool = True
-
-
-#: A guard's reason that begins with this is not final: shapes decide it at the first call.
-UNKNOWN = "unknown until the first call: "
-
-
-@dataclass
-class Journal:
-    """What a pipeline did and declined, in order; declines of one rule on one node are kept once, the latest."""
-
-    rewrites: list[Rewrite] = field(default_factory=list)
-    declines: dict[tuple[str, str, str], Decline] = field(default_factory=dict)
 
 
 class Rewriter:
@@ -401,71 +347,7 @@ class Rewriter:
         return tuple(removed)
 
 
-# -- the driver ------------------------------------------------------------------------------------------------------
-
-
-def apply(current: Pass, editor: Editor, journal: Journal, *, budget: int | None = None) -> None:
-    """Runs one pass over a module: its function, or its rules until none of them applies.
-
-    Raises ConvergenceError when a rule goes on beyond the budget (default: ten rewrites per node, and a hundred), and
-    RewriteError when a rewrite fails.
-    """
-    rewriter = Rewriter(editor, current, journal)
-    if current.run is not None:
-        _run_function(current.run, rewriter)
-    else:
-        _run_rules(current.rules, rewriter, 10 * len(editor.graph.nodes) + 100 if budget is None else budget)
-    for buffer, number, why in buffers.settle(editor):
-        rewriter.decline(buffer, buffers.report(buffers.parts(buffer)[number], why), rule=f"part {number}")
-
-
-def _run_function(run: Callable[[Rewriter], None], rewriter: Rewriter) -> None:
-    current = rewriter.current
-    try:
-        run(rewriter)
-    except FxoptError:
-        raise
-    except Exception as error:
-        raise RewriteError(
-            f"the pass raised {type(error).__name__}: {error}",
-            pass_name=current.name,
-            hint=f"the pass {current.name!r} is at fault; disable=({current.name!r},) leaves it out",
-        ) from error
-
-
-def _run_rules(rules: Iterable[Rule], rewriter: Rewriter, limit: int) -> None:
-    by_root: dict[Any, list[Rule]] = {}
-    for rule in rules:
-        for target in rule.pattern.roots():
-            by_root.setdefault(target, []).append(rule)
-    queue = deque(node for node in rewriter.graph.nodes if node.target in by_root)
-    waiting = set(queue)
-    count = 0
-    while queue:
-        node = queue.popleft()
-        waiting.discard(node)
-        if node._erased:
-            continue
-        for rule in by_root.get(node.target, ()):
-            result = rewriter.attempt(rule, node)
-            if isinstance(result, NoMatch):
-                continue
-            count += 1
-            if count > limit:
-                raise ConvergenceError(
-                    f"the rule did not come to an end within {limit} rewrites",
-                    pass_name=rewriter.current.name,
-                    rule=rule.name,
-                    node=result,
-                    hint="its rewrite gives something that it, or another rule of the pass, matches again",
-                )
-            near = [result, *result.users, *result.all_input_nodes]
-            near += [reader for user in result.users for reader in user.users]
-            for neighbour in near:
-                if neighbour.target in by_root and neighbour not in waiting:
-                    queue.append(neighbour)
-                    waiting.add(neighbour)
-            break
+# -- one rule at one node --------------------------------------------------------------------------------------------
 
 
 def _try(rule: Rule, node: fx.Node, rewriter: Rewriter) -> fx.Node | NoMatch:

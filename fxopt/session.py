@@ -23,6 +23,7 @@ from fxopt.capture import Captured, Inputs, capture_export, capture_symbolic, pr
 from fxopt.capture.program import register_dataclasses
 from fxopt.compare import Verdict, compare
 from fxopt.errors import CaptureError, FxoptError, InputError, VerificationError
+from fxopt.journal import Journal
 from fxopt.lowering.backend import Setting, set_concrete_values
 from fxopt.pipeline import PassManager, PassResult, flat, only
 from fxopt.program import (
@@ -37,7 +38,6 @@ from fxopt.program import (
     make_program,
 )
 from fxopt.report import Report
-from fxopt.rewrite import Journal
 from fxopt.state import KeptState, privatise
 
 #: How many captures a model keeps.

@@ -97,6 +97,9 @@ def _functional() -> dict[Any, Callable[[dict[str, Any]], Call | None]]:
     def layer_norm(a: dict[str, Any]) -> Call:
         return aten.layer_norm.default, (a["input"], a["normalized_shape"], a["weight"], a["bias"], a["eps"]), {}
 
+    def rms_norm(a: dict[str, Any]) -> Call:
+        return aten.rms_norm.default, (a["input"], a["normalized_shape"], a["weight"], a["eps"]), {}
+
     def group_norm(a: dict[str, Any]) -> Call:
         return aten.group_norm.default, (a["input"], a["num_groups"], a["weight"], a["bias"], a["eps"]), {}
 
@@ -153,6 +156,7 @@ def _functional() -> dict[Any, Callable[[dict[str, Any]], Call | None]]:
         F.batch_norm: batch_norm,
         F.instance_norm: instance_norm,
         F.layer_norm: layer_norm,
+        F.rms_norm: rms_norm,
         F.group_norm: group_norm,
         F.embedding: embedding,
         F.pad: pad,

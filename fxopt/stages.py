@@ -15,10 +15,11 @@ from torch.fx.experimental.symbolic_shapes import optimization_hint
 
 from fxopt import ir, normalize, plugins
 from fxopt.errors import UsageError
+from fxopt.journal import Decline, Rewrite
 from fxopt.lowering.backend import Backend, set_concrete_values
 from fxopt.pipeline import PassManager, PassResult, flat, only, up_to
 from fxopt.program import lower
-from fxopt.rewrite import Decline, Pass, Rewrite
+from fxopt.rewrite import Pass
 from fxopt.session import Session
 
 

@@ -22,6 +22,7 @@ from .fold_padding import PASS as FOLD_PADDING
 from .fuse_attention import PASS as FUSE_ATTENTION
 from .fuse_conv_activation import PASS as FUSE_CONV_ACTIVATION
 from .fuse_linear_activation import PASS as FUSE_LINEAR_ACTIVATION
+from .fuse_normalisation import PASS as FUSE_NORMALISATION
 from .merge_parallel_branches import PASS as MERGE_PARALLEL_BRANCHES
 from .merge_siblings import PASS as MERGE_SIBLINGS
 from .recognise_activations import PASS as RECOGNISE_ACTIVATIONS
@@ -41,6 +42,7 @@ PASSES: tuple[Pass | tuple[Pass, ...], ...] = (
         FOLD_CONSTANTS,  # before what asks for constants: a standardised weight, a reshaped scale become one
         SIMPLIFY_ACTIVATIONS,  # before fusion, which takes one activation behind a layer
         RECOGNISE_ACTIVATIONS,  # before affine folds: the 3 and 6 of a hardswish would move into the layers beside it
+        FUSE_NORMALISATION,  # before affine folds, which would take a norm's own weight into the layer behind it
         FOLD_PADDING,  # before other folds: padding between a norm and a convolution keeps them apart
         FOLD_AFFINE,  # before norms are folded: a constant between a layer and its norm keeps them apart
         FOLD_BATCHNORM,  # before fusion: a norm stands between a convolution and its activation

@@ -248,7 +248,10 @@ def rebuild(
     given["weight"] = rewriter.constant(weight.to(old.dtype), f"{path}_folded")
     given["bias"] = bias
     if isinstance(bias, torch.Tensor):
-        given["bias"] = rewriter.constant(bias.to(old.dtype), f"{home}.bias_folded" if home else "bias_folded")
+        # A copy: the bias can be the model's own constant, which has a name already.
+        given["bias"] = rewriter.constant(
+            bias.to(old.dtype, copy=True), f"{home}.bias_folded" if home else "bias_folded"
+        )
     if source is not None:
         given["input"] = source
     return rewriter.call(layer.target, **given)

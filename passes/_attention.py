@@ -182,9 +182,9 @@ def _scores(node: Any, way: _Below, constant: Constant) -> _Below | NoMatch:
     scaled = scaling(node, constant)
     if scaled is not None:
         return _scores(scaled[0], way.through(node, scale=way.scale * scaled[1]), constant)
-    nearest = NoMatch(f"{node.name} is {ir.target_name(node)}, no product of two tensors", node, fits=False)
+    other = NoMatch(f"{node.name} is {ir.target_name(node)}, no product of two tensors", node, fits=False)
     if node.target not in _STEPS or len(way.masks) + len(way.rows) > _MOST_STEPS:
-        return nearest
+        return other
     shape = ir.shape(node)
     if shape is None:
         return NoMatch(f"{UNKNOWN}whether {node.name} has the shape of the scores", node)
@@ -195,13 +195,14 @@ def _scores(node: Any, way: _Below, constant: Constant) -> _Below | NoMatch:
         if before is None or not ir.same_sizes(before[-2:], shape[-2:]):
             return NoMatch(f"{node.name} reshapes the queries or keys of the scores", node, fits=False)
         return _scores(node.args[0], way.through(node, regrouped=True), constant)
+    misses: list[NoMatch] = []
     for source, further in _steps(node, way, constant):
         if isinstance(source, fx.Node) and ir.same_sizes(ir.shape(source), shape):
             found = _scores(source, further, constant)
             if isinstance(found, _Below):
                 return found
-            nearest = nearest if nearest.fits else found
-    return nearest
+            misses.append(found)
+    return next((miss for miss in misses if miss.fits), misses[0] if misses else other)
 
 
 def _reached(node: fx.Node, way: _Below) -> _Below | NoMatch:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from fxopt import Match, NoMatch, ir, ops
-from fxopt.rewrite import UNKNOWN
+from fxopt.journal import UNKNOWN
 
 
 def activation_guard(match: Match, layer: dict[str, Any]) -> NoMatch | None:

@@ -164,6 +164,9 @@ def _guard(mask: Mask, held: torch.Tensor | None, facts: Facts) -> NoMatch | Non
     scores = ir.dtype(node)
     if dtype is None or scores is None:
         return NoMatch(f"{UNKNOWN}the dtype of {mask.value.name}", node)
+    if ir.rank(mask.value) == 0:
+        # It could also be on another device than the scores.
+        return NoMatch(f"{mask.value.name} has no dimensions: it is for all scores alike", node)
     if mask.fill is None and not dtype.is_floating_point:
         return NoMatch(f"{mask.value.name} is {dtype}, not floating point", node)
     if mask.fill is None and held is not None:
@@ -286,7 +289,7 @@ def moves(shape: Sizes, lead: Sizes, target: Sizes, rows: Sizes) -> Moves | NoMa
 
     Its result has two dimensions, or four: it fits (batch, heads, queries, keys). `rows` are the batch sizes of q.
     """
-    found: Moves = [(aten.unsqueeze.default, (0,))] * max(2 - len(shape), 0)
+    found: Moves = [(aten.unsqueeze.default, (0,))] * (2 - len(shape))
     batch = shape[:-2]
     if not batch:
         return found

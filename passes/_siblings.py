@@ -1,7 +1,7 @@
 """Sibling layers: which layers that read one value can be one wide layer, and what that would save and cost.
 
 What must agree is a layer's `key`. Kernel and activation may differ, at a price: a smaller kernel is padded with zeros,
-and an activation stays behind the wide layer. Times are estimates in seconds, to compare with each other only.
+and an activation stays behind the wide layer. Times are those of fxopt.cost.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import optimization_hint
 
-from fxopt import NoMatch, effects, ir, ops
+from fxopt import NoMatch, cost, effects, ir, ops
 
 from . import _affine
 
@@ -24,12 +24,9 @@ aten = torch.ops.aten
 CONVOLUTIONS: tuple[Any, ...] = (*ops.CONVOLUTION_TARGETS, ops.convolution)
 LAYERS: tuple[Any, ...] = (*CONVOLUTIONS, *_affine.LINEARS)
 
-#: What a layer's kernel and an elementwise step cost before they compute anything: measured, oneDNN and ATen on a CPU.
-SECONDS_PER_LAYER = 15e-6
-SECONDS_PER_STEP = 3e-6
-#: Two cores of a modest CPU.
-BYTES_PER_SECOND = 20e9
-MULTIPLY_ADDS_PER_SECOND = 40e9
+#: A layer's kernel costs so many launches of an elementwise one before it computes anything: on a CPU, 15 microseconds
+#: were measured in oneDNN, against 3 to 5 in ATen.
+LAUNCHES_PER_LAYER = 3
 #: An enlarged kernel may cost this part of what merging saves: zeros are multiplied for nothing.
 MOST_ZEROS = 0.1
 
@@ -179,10 +176,11 @@ def _gain(split: Sequence[Plan]) -> float:
 
 def _plan(part: list[Layer], handed_out: set[fx.Node]) -> Plan:
     """Of layers that would be merged, those that gain by it. Each but one saves a kernel and a read of the input."""
-    saved = SECONDS_PER_LAYER + _bytes(part[0].source) / BYTES_PER_SECOND
+    device = cost.device_of(part[0].node)
+    saved = device.seconds(cost.Cost(read=_bytes(part[0].source), launches=LAUNCHES_PER_LAYER))
     mixed = len({found.activation for found in part}) > 1
     kernel = largest(part)
-    costs = {found: _costs(found, kernel, saved, mixed, handed_out) for found in part}
+    costs = {found: _costs(found, kernel, saved, device, mixed, handed_out) for found in part}
     chosen = tuple(found for found in part if costs[found][0] < saved)
     gain = sum(saved - costs[found][0] for found in chosen) - saved
     if len(chosen) < 2 or gain <= 0:
@@ -200,27 +198,28 @@ def _plan(part: list[Layer], handed_out: set[fx.Node]) -> Plan:
 
 
 def _costs(
-    found: Layer, kernel: tuple[int, ...], saved: float, mixed: bool, handed_out: set[fx.Node]
+    found: Layer, kernel: tuple[int, ...], saved: float, device: cost.Device, mixed: bool, handed_out: set[fx.Node]
 ) -> tuple[float, str]:
     """What merging costs for one layer, in seconds, and in words."""
-    step = SECONDS_PER_STEP + 2 * _bytes(found.node) / BYTES_PER_SECOND
-    cost, words = 0.0, []
+    size = _bytes(found.node)
+    step = device.seconds(cost.Cost(read=size, written=size, launches=1))
+    price, words = 0.0, []
     if mixed and found.activation[0] != "none":
-        cost += step
+        price += step
         words.append(f"{found.activation[0]} becomes a step of its own")
     elif found.node in handed_out:
-        cost += step
+        price += step
         words.append("the model hands it out, so that it is copied")
     elif _read_densely(found.node):
-        cost += step
+        price += step
         words.append("a reader copies its part of the wide result")
     zeros = (prod(kernel) - prod(found.kernel)) * _elements(found.node) * _affine.input_channels(found.node)
     if zeros:
-        wasted = zeros / MULTIPLY_ADDS_PER_SECOND
-        cost += wasted if wasted <= MOST_ZEROS * saved else max(wasted, saved)
+        wasted = device.seconds(cost.Cost(flops=2 * zeros))
+        price += wasted if wasted <= MOST_ZEROS * saved else max(wasted, saved)
         sizes = ["x".join(map(str, size)) for size in (found.kernel, kernel)]
         words.append(f"its {sizes[0]} kernel padded to {sizes[1]} multiplies by {zeros:.2g} zeros in {_time(wasted)}")
-    return cost, ", ".join(words) or "nothing"
+    return price, ", ".join(words) or "nothing"
 
 
 def largest(part: Sequence[Layer]) -> tuple[int, ...]:

@@ -154,10 +154,11 @@ def _groups(source: fx.Node, terms: _Terms) -> Sequence[_branches.Group | NoMatc
 def _guard(match: Match) -> NoMatch | None:
     group: _branches.Group = match["group"]
     first = group.first.node
-    for addend in match["rest"]:
+    beside = [branch.node for branch in group.branches if not branch.is_layer]
+    for addend in (*beside, *match["rest"]):
         if ir.value(addend) is None or ir.dtype(first) is None:
             return NoMatch(f"{UNKNOWN}whether {addend.name} has the dtype of {first.name}", addend)
-        if ir.dtype(addend) != ir.dtype(first):
+        if ir.dtype(addend) != ir.dtype(first):  # under autocast layers are narrower than what stands beside them
             return NoMatch(f"{addend.name} is {ir.dtype(addend)}, {first.name} {ir.dtype(first)}", addend)
     weight, bias = group.merged
     largest = weight.abs().flatten(1).amax(1)

@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import event, given
+from hypothesis import strategies as st
 from torch import fx, nn
 
 import fxopt
-from concats import captured, results_of, rewritten
-from fxopt import Pass, Rewriter, buffers, check, cost, ir, ops
+from concats import Written, captured, everything_pays, networks, results_of, rewritten, strides
+from fxopt import Pass, Rewriter, buffers, check, cost, ir, ops, plugins
 from fxopt.edit import Editor
-from fxopt.pipeline import PassManager
+from fxopt.pipeline import PassManager, flat
 from graphs import Network, TwoInputs, only, operations
 
 aten = torch.ops.aten
@@ -246,6 +248,25 @@ def test_settling_does_nothing_where_all_is_well() -> None:
     assert (buffers.settle(editor), editor.log) == ([], [])
 
 
+@given(networks(), st.permutations([current.name for current in flat(plugins.default_pipeline())]))
+def test_passes_in_any_order_around_allocation_keep_contract_and_memory(
+    network: tuple[nn.Module, torch.Tensor], names: list[str]
+) -> None:
+    model, x = network
+    module = captured(model, x)
+    expected = results_of(module, x)
+    with everything_pays():
+        run = rewritten(module, ["allocate-buffers", *names])
+    settled = [entry for entry in run.journal.declines.values() if entry.rule.startswith("part ")]
+    event(f"settled: {len([entry for entry in settled if entry.pass_name != 'allocate-buffers'])}")
+    assert not check.problems(module, tuple(found for found in check.CHECKS if not found.of_captures))
+    with torch.no_grad():
+        actual = Written(module).run(x)
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert torch.equal(ours, theirs)
+        assert strides(ours) == strides(theirs)
+
+
 # -- specialisations -------------------------------------------------------------------------------------------------
 
 
@@ -256,9 +277,9 @@ def test_inputs_in_another_order_have_their_parts_copied() -> None:
     last = x.contiguous(memory_format=torch.channels_last)
     compiled = fxopt.compile(model.eval(), (x, y), passes=("allocate-buffers",), strict=True)
     assert not buffers.copied(only(compiled.fused_graph, "fxopt.buffer"))
-    for given in ((x, y), (last, y), (x, y), (last, last)):
-        assert torch.equal(compiled(*given), model(*given))
-        assert compiled(*given).stride() == model(*given).stride()
+    for pair in ((x, y), (last, y), (x, y), (last, last)):
+        assert torch.equal(compiled(*pair), model(*pair))
+        assert compiled(*pair).stride() == model(*pair).stride()
 
 
 @pytest.mark.parametrize("inputs", [None, (torch.randn(IMAGE),)], ids=["symbolic", "export"])

@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 import fxopt
-from fxopt import check, ir
+from fxopt import check, ir, ops
 from graphs import Network
 
 aten = torch.ops.aten
@@ -100,6 +100,13 @@ def _no_value(traced: fx.GraphModule) -> None:
     del named(traced, "relu").meta["val"]
 
 
+def _view_in_a_buffer(traced: fx.GraphModule) -> None:
+    reshape = named(traced, "reshape")
+    with traced.graph.inserting_after(reshape):
+        buffer = traced.graph.call_function(ops.buffer, ([reshape],))
+    buffer.args, buffer.meta = ([reshape], 1), dict(reshape.meta)
+
+
 def _no_origin(traced: fx.GraphModule) -> None:
     del named(traced, "relu").meta["origin"]
 
@@ -129,6 +136,7 @@ def _training(traced: fx.GraphModule) -> None:
         pytest.param(_second_name, "one-name", id="a second name of one tensor"),
         pytest.param(_writes, "functional", id="a write that could be pure"),
         pytest.param(_no_value, "values", id="a value that is not known"),
+        pytest.param(_view_in_a_buffer, "buffers", id="a view that is written in place"),
         pytest.param(_no_origin, "origins", id="a node from nowhere"),
         pytest.param(_training, "inference", id="an opaque module in training mode"),
     ],

@@ -15,7 +15,7 @@ from torch.fx.experimental.optimization import fuse
 import fxopt
 from fxopt import align, ir
 from fxopt.graphdiff import GraphDiff
-from fxopt.rewrite import Rewrite
+from fxopt.journal import Rewrite
 
 aten = torch.ops.aten
 

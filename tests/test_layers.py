@@ -34,7 +34,9 @@ LAYERS = (
     "guards",  # which inputs a capture fits
     "pattern",
     "observe",  # what a rewrite must not change
+    "journal",  # what was done, and what was not and why
     "rewrite",
+    "driver",
     "compare",
     "agreement",  # of a capture with its original
     "state",  # what a model keeps between calls

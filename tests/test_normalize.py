@@ -90,6 +90,8 @@ def calls(module: fx.GraphModule) -> list[str]:
         pytest.param([lambda m, x: F.max_pool2d(x, 2), lambda m, x: m.pool(x)], "max_pool2d.default", id="max pool"),
         pytest.param([lambda m, x: x.to(torch.int16), lambda m, x: x.short(), lambda m, x: x.type(torch.int16)],
                      "to.dtype", id="a cast"),
+        pytest.param([lambda m, x: F.rms_norm(x, (6,)), lambda m, x: torch.rms_norm(x, (6,)), lambda m, x: m.rms(x)],
+                     "rms_norm.default", id="rms norm"),
         pytest.param([lambda m, x: x.mean((2, 3)), lambda m, x: torch.mean(x, dim=[2, 3])], "mean.dim", id="mean"),
     ],
 )  # fmt: skip
@@ -98,7 +100,7 @@ def test_every_spelling_of_an_operation_is_one_operator(
 ) -> None:
     parts: dict[str, nn.Module] = {
         "relu": nn.ReLU(), "flatten": nn.Flatten(), "norm": nn.BatchNorm2d(4), "conv": nn.Conv2d(4, 2, 3),
-        "pool": nn.MaxPool2d(2), "gelu": nn.GELU(),
+        "pool": nn.MaxPool2d(2), "gelu": nn.GELU(), "rms": nn.RMSNorm(6),
     }  # fmt: skip
     found = set()
     for spelling in spellings:

@@ -13,9 +13,10 @@ from torch import fx, nn
 
 import fxopt
 from fxopt import UNKNOWN, Match, NoMatch, Pass, Rewriter, Rule, call, check, const, var
+from fxopt.driver import apply
 from fxopt.edit import Editor
+from fxopt.journal import Journal
 from fxopt.lowering import backend
-from fxopt.rewrite import Journal, apply
 from graphs import Network, operations
 from test_edit import picture
 

@@ -258,7 +258,8 @@ def test_shapes_are_waited_for() -> None:
 
 
 def test_what_is_copied_is_counted_for_each_of_an_open_batch() -> None:
-    compiled = fxopt.compile(model_of(lambda m, x: cat([relu(x), x], 1)), (torch.randn(IMAGE),), passes=PASSES)
+    model = model_of(lambda m, x: cat([relu(x), x], 1))
+    compiled = fxopt.compile(model, (torch.randn(IMAGE),), passes=PASSES, backend="aten")
     (said,) = [entry.reason for entry in compiled.report.declines if entry.rule == "part 1"]
     assert said.startswith(f"{4 * 4 * 36} bytes for each of a batch are copied: ")
 
@@ -412,7 +413,7 @@ def why_copied(compiled: fxopt.CompiledModule) -> list[str]:
 def test_densenet_copies_nothing() -> None:
     compiled = compiled_zoo("densenet121", 32)
     found = operations(compiled.fused_graph)
-    assert (found["cat"], found["fxopt.buffer"]) == (0, 62)
+    assert (found["cat"], found["fxopt.buffer"]) == (0, 58)  # 62, but for four of one part
     assert cost.copied_by_concat(compiled.captured_graph) is None  # traced without shapes
     assert cost.copied_by_concat(compiled.fused_graph) == 0
     assert why_copied(compiled) == []

@@ -183,7 +183,7 @@ NO_NOTHING: list[tuple[str, Body, str, str]] = [
     ("a gap", lambda m, x: cat([x[:, :7], x[:, 8:]], 1), PIECES, "no two parts"),
     ("an overlap", lambda m, x: cat([x[:, :9], x[:, 8:]], 1), PIECES, "no two parts"),
     ("every other channel", lambda m, x: cat([x[:, :8:2], x[:, 4:]], 1), PIECES, "no two parts"),
-    ("pieces along another dim", lambda m, x: cat([x[..., :3], x[..., 3:]], 1), PIECES, "no two parts"),
+    ("pieces along another dim", lambda m, x: cat([x[:, :6], x[:, 6:12]], 3), PIECES, "no two parts"),
     ("a split along another dim", lambda m, x: cat(x.chunk(2, 3), 1), PIECES, "no two parts"),
     ("pieces of two values", lambda m, x: cat([x[:, :8], relu(x)[:, 8:]], 1), PIECES, "no two parts"),
     ("all of the input, handed out", lambda m, x: cat([x[:, :8], x[:, 8:]], 1), PIECES, "must not share memory"),

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 import fxopt
 from fxopt import effects, ir, plugins
+from fxopt.driver import apply
 from fxopt.edit import Editor
-from fxopt.rewrite import Journal, apply
+from fxopt.journal import Journal
 from graphs import FRONT_ENDS, Network, TwoInputs, assert_declined, compiled_by, fired, operations
 
 PASSES = ("eliminate-dead-code",)

@@ -225,3 +225,15 @@ def test_folds_in_front_of_a_layer_that_is_fused_already() -> None:
 def test_a_layer_without_bias_that_is_only_scaled_has_none_afterwards() -> None:
     compiled = compiled_by(PASSES, model_of(lambda m, x: m.grouped(x) * 2), (torch.randn(IMAGE),), "symbolic")
     assert list(compiled.state_dict()) == ["grouped.weight_folded"]
+
+
+def test_a_constant_that_becomes_the_bias_of_two_layers_is_a_copy_in_each() -> None:
+    """In float64 nothing is rounded, and the bias could be the constant itself: one tensor under three names."""
+    model = Network(
+        lambda m, x: (m.shift + m.first(x)) * (m.shift + m.second(x)) + m.shift,
+        first=nn.Linear(6, 5, bias=False),
+        second=nn.Linear(6, 5, bias=False),
+        shift=torch.randn(5),
+    )
+    compiled = compiled_by(PASSES, model.double().eval(), (torch.randn(2, 6).double(),), "symbolic")
+    assert fired(compiled) == [AFTER, AFTER]

@@ -115,6 +115,12 @@ KEPT: list[tuple[str, Body, str]] = [
         lambda m, x: weighted(x, scores(x) + m.lowest + torch.where(x[:, None, None, :, 0, 0, 0] > 9, MIN, 0.0)),
         "leave the range",
     ),
+    (
+        "scores that are broadcast over a mask",
+        lambda m, x: weighted_over(x, ((q(x)[:1] @ k(x)[:1].mT) + m.bias.expand(B, H, N, N)).softmax(-1)),
+        "is expand, no product",
+    ),
+    ("one number for all scores", lambda m, x: weighted(x, scores(x) + m.scale), "has no dimensions"),
     ("integers that are added", lambda m, x: weighted(x, scores(x) + m.whole), "not floating point"),
     (
         "a mask that is written",

@@ -113,6 +113,13 @@ REWRITES: list[tuple[str, Body, list[str], dict[str, int]]] = [
         [PART, PART],
         {"slice": 2, "mul": 1},
     ),
+    ("slices along two dims", lambda m, x: x[:, 1:][:, :, 1:], [], {"slice": 2}),
+    (
+        "a slice along another dim than the parts",
+        lambda m, x: torch.cat((x[0], other(x[0])))[:, 1:3],
+        [],
+        {"exp": 1, "select": 2, "cat": 1, "slice": 1},
+    ),
     ("a slice within one part", lambda m, x: torch.cat((x[0], other(x[0])))[1:3], [CONCAT], {"slice": 1, "select": 1}),
     ("a slice that is one part", lambda m, x: torch.cat((x[0], other(x[0])))[:4], [CONCAT], {"select": 1}),
     (
@@ -353,6 +360,10 @@ def test_declines_a_view_that_is_changed_in_place() -> None:
     "body",
     [
         pytest.param(lambda m, x: x.flatten(2).reshape(-1, 8, 9), id="reshapes"),
+        pytest.param(
+            lambda m, x: x[0].unsqueeze(0).transpose(0, 1).flatten(2).reshape(4, 3, 6),
+            id="reshapes of what has an odd stride along a dim of 1",
+        ),
         pytest.param(lambda m, x: x[:, 1:].select(1, 1), id="parts"),
         pytest.param(lambda m, x: x[:, :1].expand(-1, 4, -1, -1).expand(-1, -1, 6, -1), id="expansions"),
     ],
