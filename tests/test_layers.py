@@ -65,6 +65,8 @@ LAYERS = (
     "testing.oracle",
     "testing.builder",
     "testing.layers",
+    "testing.branches",
+    "testing.attention",
     "testing.moves",
     "testing.strategy",
     "testing",

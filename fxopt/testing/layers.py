@@ -1,4 +1,4 @@
-"""What programs are made of, first half: layers, norms, activations, constants, and the motifs that they form."""
+"""What programs are made of, first part: layers, norms, activations, constants, and the motifs that they form."""
 
 from __future__ import annotations
 
@@ -182,9 +182,12 @@ def block(b: Builder) -> None:
 def pre_activation(b: Builder) -> None:
     """Norm, activation, convolution."""
     result = normalise(b, b.real(3, 4))
-    if b.pick((True, False)):
-        result = activate(b, result)
-    convolve(b, result)
+    match b.pick(("relu", "none", "any")):
+        case "relu":
+            result = b.let(f"torch.relu({result})")
+        case "any":
+            result = activate(b, result)
+    convolve(b, result, padding=b.pick((None, 0)))
 
 
 def mlp(b: Builder) -> None:
@@ -198,6 +201,19 @@ def mlp(b: Builder) -> None:
 def activation(b: Builder) -> None:
     """An activation."""
     activate(b, b.real())
+
+
+def nonnegative(b: Builder) -> None:
+    """A value without negative numbers, something that keeps it so (or not), and a ReLU."""
+    first = ("torch.relu({0})", "{0}.abs()", "F.relu6({0})", "{0}.clamp(0, 4)", "{0} ** 2")
+    keeps = ("{0} + {1}", "torch.cat([{0}, {1}], 0)", "F.max_pool2d({0}, 2, 1)", "F.avg_pool2d({0}, 2, 1)",
+             "{0} * {1}", "{0} * 2", "{0}.clamp(max=2)", "{0} - 0.5", "{0}.flatten(1)", "{0}[:, 1:]",
+             "torch.maximum({0}, {1})", "F.adaptive_max_pool2d({0}, 1)", "{0}.sum(1)", "{0}.transpose(0, 1)",
+             "{0}.contiguous()")  # fmt: skip
+    result = b.let(b.pick(first).format(b.real()))
+    for _ in range(b.pick((1, 2))):
+        result = b.let(b.pick(keeps).format(result, b.like(result)))
+    b.let(b.pick(("torch.relu({0})", "{0}.clamp(min=0)", "F.relu6({0})", "{0}.clamp(0, 3)")).format(result))
 
 
 # -- constants -------------------------------------------------------------------------------------------------------
@@ -233,7 +249,13 @@ def around_layer(b: Builder) -> None:
     """A constant in front of a layer, and one behind it: normalised input, layer scale."""
     source = b.real(2, 3, 4)
     scaled = b.let(f"{source} {b.pick('*+-')} {_constant(b, source)}")
-    layer = project(b, scaled) if b.rank(source) == 2 or b.pick((False, True)) else convolve(b, scaled)
+    match b.pick(("convolution", "linear", "norm")):
+        case "linear":
+            layer = project(b, scaled)
+        case "norm":
+            layer = normalise(b, scaled)
+        case _:
+            layer = project(b, scaled) if b.rank(source) == 2 else convolve(b, scaled)
     b.let(f"{layer} {b.pick('*+-')} {_constant(b, layer)}")
 
 
@@ -252,8 +274,13 @@ def computed_weight(b: Builder) -> None:
     other = b.layer(f"numbers(4, {last}{typed})")
     use = b.pick(("F.linear({0}, {1} + {2})", "{0} @ {1}.t()", "torch.matmul({0}, ({1} * 0.5 + {2}).transpose(0, 1))",
                   "F.linear({0}, torch.cat([{1}, {2}]))", "F.linear({0}, {1}, {2}.sum(1))",
-                  "{0} * {1}[0] + {2}.amax(0)", "F.linear(F.linear({0}, {1}), {1}.t())"))  # fmt: skip
-    b.let(use.format(source, weight, other))
+                  "{0} * {1}[0] + {2}.amax(0)", "F.linear(F.linear({0}, {1}), {1}.t())",
+                  "torch.addmm({2}.sum(1), {0}, {1}.t())", "torch.mm({0}, {1}.t())", "{0} @ {1}.t() + {2}.sum(1)",
+                  "torch.addmm({2}.sum(1), {0}, {1}.t(), beta=1, alpha=2)", "{0} @ {1}.reshape(-1, 4)",
+                  "torch.einsum('...i,oi->...o', {0}, {1})",
+                  "({0}.reshape(-1, {0}.shape[-1]) @ {1}.t()).view({3}, 4)"))  # fmt: skip
+    sizes = [f"{source}.shape[0]", *map(str, b.values[source].shape[1:-1])]
+    b.let(use.format(source, weight, other, ", ".join(sizes)))
 
 
 def nothing(b: Builder) -> None:
@@ -271,77 +298,9 @@ def nothing(b: Builder) -> None:
     b.let(b.pick(forms).format(source))
 
 
-# -- several layers on one value -------------------------------------------------------------------------------------
-
-
-def siblings(b: Builder) -> None:
-    """Convolutions or linears of one value, alike or nearly so, with the same followers or none."""
-    source = b.real()
-    image = b.rank(source) == 4
-    kernel, groups, follow = b.pick((1, 3)), b.pick((1, 1, 1, 2)), b.pick((0, 1, 2, 3))
-    results = []
-    for _ in range(b.pick((2, 3))):
-        if image:
-            kernel = b.pick((kernel, kernel, kernel, 1, 3, 5))
-            result = convolve(b, source, b.pick((4, 2, 6)), kernel, groups=groups if b.size(source, 1) % 2 == 0 else 1)
-        else:
-            result = project(b, source, b.pick((4, 4, 2, 8)))
-        if follow & 1:
-            result = normalise(b, result) if b.rank(result) in (2, 3, 4) else result
-        if follow & 2:
-            result = b.let(f"torch.relu({result})") if b.pick((True, True, True, False)) else activate(b, result)
-        results.append(result)
-    if b.pick((True, False)):
-        together(b, results)
-
-
-def together(b: Builder, results: list[str]) -> str:
-    """Several values as one: by concat, by sum, by product."""
-    if b.pick((True, False)) or len({b.values[name].shape for name in results}) > 1:
-        dim = 1 if b.rank(results[0]) == 4 else -1
-        return b.let(f"torch.cat([{', '.join(results)}], {dim})")
-    return b.let(b.pick((" + ", " + ", " * ", " - ")).join(results))
-
-
-def parallel_branches(b: Builder) -> None:
-    """The sum of parallel convolutions and the identity, each perhaps with its norm (RepVGG, ACNet)."""
-    source = b.real(4)
-    channels = b.size(source, 1)
-    with_norm, groups = b.pick((True, False, True)), b.pick((1, 1, 1, channels))
-    out = b.pick((channels, channels, 4 * groups))
-    results = []
-    kinds = b.pick(("31", "31i", "3i", "33", "11", "3hvi", "1i", "513", "i1"))
-    for kind in kinds:
-        if kind == "i":
-            result = source
-        elif kind in "hv":
-            shape = "(1, 3), padding=(0, 1)" if kind == "h" else "(3, 1), padding=(1, 0)"
-            options = f"{shape}, groups={groups}{b.typed(source)}"
-            result = b.let(f"{b.layer(f'nn.Conv2d({channels}, {out}, {options})')}({source})")
-        else:
-            result = convolve(b, source, out, int(kind), groups=groups)
-        results.append(normalise(b, result) if with_norm else result)
-    result = b.let(" + ".join(results))
-    if b.pick((True, False)):
-        activate(b, result)
-
-
-def residual(b: Builder) -> None:
-    """A value plus layers of it, and an activation."""
-    source = b.real(3, 4)
-    channels = b.size(source, 1)
-    result = convolve(b, source, channels, b.pick((3, 1)))
-    if b.pick((True, False)):
-        result = normalise(b, result)
-    form = b.pick(("{0} + {1}", "{1} + {0}", "torch.add({0}, {1}, alpha=2)", "{0} - {1}", "{1}.add({0})"))
-    result = b.let(form.format(source, result))
-    if b.pick((True, False)):
-        activate(b, result)
-
-
 #: Each word with how often it is drawn. The simplest comes first: a network shrinks to it.
 WORDS = (
-    (activation, 3), (nothing, 2), (norm, 2), (convolution, 4), (linear, 3), (affine, 3), (residual, 2), (block, 2),
-    (siblings, 4), (parallel_branches, 3), (again, 2), (tied, 1), (mlp, 1), (pre_activation, 2), (around_layer, 2),
+    (activation, 3), (nothing, 2), (norm, 2), (convolution, 4), (linear, 3), (affine, 3), (block, 2), (nonnegative, 2),
+    (again, 2), (tied, 1), (mlp, 1), (pre_activation, 2), (around_layer, 2),
     (computed_weight, 2), (odd_convolution, 2), (transposed_convolution, 2),
 )  # fmt: skip

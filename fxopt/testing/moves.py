@@ -1,8 +1,8 @@
-"""What programs are made of, second half: sums and concats of values, parts of them, shapes, casts, pooling, attention,
-and writes in place."""
+"""What programs are made of, third part: parts of values, shapes, casts, pooling and padding, and writes in place."""
 
 from __future__ import annotations
 
+from fxopt.testing.branches import pool
 from fxopt.testing.builder import Builder, Unfit
 from fxopt.testing.layers import activate, convolve, normalise, project
 
@@ -26,61 +26,6 @@ def same_again(b: Builder) -> None:
     twin = b.let(line.text.partition(" = ")[2])
     if b.pick((False, True)):
         b.let(f"{line.names[0]} + {twin}")
-
-
-def concat(b: Builder) -> None:
-    """Values joined, the same one perhaps twice, and then something that reads the whole."""
-    first = b.any()
-    rank, dim = b.rank(first), b.pick((1, -1, 0))
-    if dim == 1 and rank < 2:
-        raise Unfit
-    count = b.pick((2, 2, 3, 4))
-    names = [first]
-    for _ in range(count - 1):
-        shape = list(b.values[first].shape)
-
-        def fits(value: object, shape: list[int] = shape) -> bool:
-            found = list(value.shape)  # type: ignore[attr-defined]
-            return len(found) == rank and found[:dim] == shape[:dim] and found[dim:][1:] == shape[dim:][1:]
-
-        names.append(b.any(fits))
-    if b.pick((True, False)):
-        names.reverse()
-    joined = b.let(f"torch.cat([{', '.join(names)}], {dim})") if b.pick(range(8)) else b.let(
-        f"torch.stack([{', '.join(names)}], {dim})"
-    )
-    after_concat(b, joined)
-
-
-def after_concat(b: Builder, joined: str) -> None:
-    """What reads a concat."""
-    match b.pick(("nothing", "layer", "layer", "elementwise", "pool", "norm", "concat", "constant")):
-        case "layer":
-            if b.rank(joined) == 4 and b.pick((True, True, False)):
-                convolve(b, joined, kernel=b.pick((1, 3)))
-            else:
-                project(b, joined)
-        case "elementwise":
-            activate(b, joined)
-        case "pool":
-            pool(b, joined)
-        case "norm":
-            normalise(b, joined)
-        case "concat":
-            b.let(f"torch.cat([{joined}, {joined if b.pick((False, True)) else b.any()}], 1)")
-        case "constant":
-            b.let(f"{joined} * 2 + 1")
-
-
-def dense_block(b: Builder) -> None:
-    """Layers that each read all before them, joined (DenseNet)."""
-    joined = b.real(4)
-    for _ in range(b.pick((2, 3))):
-        new = convolve(b, joined, 2, b.pick((1, 3)), groups=1)
-        if b.pick((False, True)):
-            new = activate(b, new)
-        joined = b.let(f"torch.cat([{joined}, {new}], 1)")
-    after_concat(b, joined)
 
 
 # -- parts -----------------------------------------------------------------------------------------------------------
@@ -113,7 +58,12 @@ def part(b: Builder) -> None:
     source = b.any()
     b.let(b.pick(("{0}[:, :1]", "{0}[:, 0]", "{0}[:, 1:]", "{0}[..., 0]", "{0}[..., ::2]", "{0}[:, -1:]", "{0}[-1]",
                   "{0}.select(1, 0)", "{0}.narrow(1, 0, 1)", "{0}[:, None]", "{0}.unbind(1)[0]", "{0}[:, :1][:, 0]",
-                  "{0}[..., 1:-1]", "{0}[:, :2][:, :1]", "{0}[:, 1:][..., 1:]")).format(source))  # fmt: skip
+                  "{0}[..., 1:-1]", "{0}[:, :2][:, :1]", "{0}[:, 1:][..., 1:]", "{0}.narrow(1, 1, 1)",
+                  "torch.stack({0}.unbind(1), 1)", "torch.stack([{0}[:, 0], {0}[:, 1]], 1)", "torch.stack([{0}])",
+                  "torch.cat([{0}[:, :1], {0}[:, 1:]], 1)", "torch.cat({0}.split(1, 1), 1)",
+                  "{0}.tensor_split(2, 1)[1]", "torch.cat([{0}[:, :1], {0}[:, 1:]], 1)[:, 1:]",
+                  "torch.stack([{0}, {0}], 1)[:, 0]", "torch.cat([{0}, {0}], 0)[:{0}.shape[0]]",
+                  "{0}[:, ::2][:, :1]")).format(source))  # fmt: skip
 
 
 # -- shapes and dtypes -----------------------------------------------------------------------------------------------
@@ -126,6 +76,7 @@ _MOVES = (
     "{0}.unflatten(1, (2, -1))", "{0}.movedim(1, -1)", "{0}.permute(0, 2, 1)", "{0}.swapaxes(1, 2)",
     "{0}.view({0}.shape[0], -1)", "{0}.reshape(-1)", "{0}[:1].expand({0}.shape)", "{0}.repeat(1, 2)",
     "{0}.reshape({0}.shape)", "{0}.view({0}.shape[0], {0}.shape[1], -1)", "{0}.flip(1)", "{0}.permute(1, 0)",
+    "{0}[:, :1].expand({0}.shape)", "{0}[None].expand(2, -1, -1)", "{0}.contiguous()[None]", "{0}.t()",
 )  # fmt: skip
 
 
@@ -180,6 +131,8 @@ def cast(b: Builder) -> None:
     short = {"torch.float32": "{0}.float()", "torch.float64": "{0}.double()"}
     spell = short.get(to, spell) if b.pick((False, True)) else spell
     result = b.let(spell.format(source, to))
+    if b.pick((False, False, True)):
+        result = b.let(spell.format(result, b.pick((*narrow, *whole))))
     match b.pick(("leave", "back", "back", "work and back")):
         case "back":
             b.let(b.pick(("{0}.to({1})", "{0}.to({2}.dtype)", "{0}.type_as({2})")).format(result, own, source))
@@ -212,16 +165,6 @@ def whole_numbers(b: Builder) -> None:
 
 
 # -- padding and pooling ---------------------------------------------------------------------------------------------
-
-
-def pool(b: Builder, source: str) -> str:
-    """A pool of an image, or a mean over its sides."""
-    return b.let(b.pick(("F.max_pool2d({0}, 3, 1, 1)", "F.avg_pool2d({0}, 2)", "F.max_pool2d({0}, 2)",
-                         "F.adaptive_avg_pool2d({0}, 1)", "{0}.mean((2, 3))", "{0}.mean((2, 3), keepdim=True)",
-                         "F.avg_pool2d({0}, 3, 1, 1)", "F.avg_pool2d({0}, 2, 1, 1, count_include_pad=False)",
-                         "F.avg_pool2d({0}, 2, ceil_mode=True)", "{0}.amax((2, 3))", "F.adaptive_max_pool2d({0}, 2)",
-                         "F.max_pool2d({0}, 1)", "F.interpolate({0}, scale_factor=2)",
-                         "F.max_pool2d({0}, 2, ceil_mode=True)")).format(source))  # fmt: skip
 
 
 def pooling(b: Builder) -> None:
@@ -264,75 +207,6 @@ def padded(b: Builder) -> None:
             b.let(f"F.max_pool2d(F.pad({source}, (1, 1, 1, 1), value=-float('inf')), 3, {b.pick((1, 2))})")
 
 
-# -- attention and norms by hand ---------------------------------------------------------------------------------------
-
-
-def attention(b: Builder) -> None:
-    """softmax(q k^T * scale + mask) v over one or two heads, in one of its spellings."""
-    rows = [name for name, value in b.values.items() if value.is_floating_point() and value.dim() == 3]
-    source = b.real(3) if rows else b.let(f"{b.real(4)}.flatten(2).transpose(1, 2)")
-    tokens = b.size(source, 1)
-    q, k, v = (project(b, source, 4) for _ in range(3))
-    heads = b.pick((1, 2))
-    if heads > 1:
-        form = f"{{0}}.view({source}.shape[0], {tokens}, 2, 2).transpose(1, 2)"
-        q, k, v = (b.let(form.format(name)) for name in (q, k, v))
-    scale = b.pick(("{0} * 0.5", "{0} / 2.0", "{0}", "{0} * 2 ** -0.5", "0.25 * {0}"))
-    if b.pick((False, True)):
-        q, scale = b.let(scale.format(q)), "{0}"
-    product = b.pick((f"{q} @ {k}.transpose(-2, -1)", f"torch.matmul({q}, {k}.mT)"))
-    scores = b.let(scale.format(f"({product})"))
-    match b.pick(("none", "none", "bias", "causal", "low")):
-        case "bias":
-            scores = b.let(f"{scores} + {b.layer(f'numbers({tokens}, {tokens}{b.typed(scores)})')}")
-        case "causal":
-            future = b.layer(f"torch.ones({tokens}, {tokens}).triu(1).bool()")
-            scores = f"{scores}.masked_fill({future}, float('-inf'))"
-        case "low":
-            scores = b.let(f"torch.where({b.layer(f'torch.ones({tokens}, {tokens}).tril().bool()')}, {scores}, -1e3)")
-    weights = b.pick(("F.softmax({0}, -1)", "{0}.softmax(dim=-1)")).format(scores)
-    if b.pick((False, True)):
-        weights = f"F.dropout({weights}, 0.1, training=False)"
-    result = b.let(f"{weights} @ {v}")
-    if heads > 1:
-        result = b.let(f"{result}.transpose(1, 2).reshape({source}.shape[0], {tokens}, 4)")
-    project(b, result, b.size(source, -1))
-
-
-def squeeze_excite(b: Builder) -> None:
-    """An image times a gate per channel."""
-    source = b.real(4)
-    channels = b.size(source, 1)
-    pooled = b.let(f"{source}.mean((2, 3), keepdim=True)")
-    gate = convolve(b, b.let(f"torch.relu({convolve(b, pooled, 2, 1, groups=1)})"), channels, 1, groups=1)
-    b.let(f"{source} * torch.sigmoid({gate})" if not b.exact else f"{source} * {gate}.clamp(0, 1)")
-
-
-def hand_written_norm(b: Builder) -> None:
-    """A layer norm or RMS norm written out, with an affine or without."""
-    source = b.real()
-    last = b.size(source, -1)
-    keep = "-1, keepdim=True"
-    match b.pick(("layer", "layer var_mean", "rms", "rms sqrt")):
-        case "layer":
-            mean = b.let(f"{source}.mean({keep})")
-            unbiased = b.pick(("unbiased=False", "correction=0", "unbiased=True"))
-            var = b.pick((f"{source}.var({keep}, {unbiased})", f"(({source} - {mean}) ** 2).mean({keep})"))
-            form = b.pick(("({0} - {1}) / torch.sqrt({2} + 1e-5)", "({0} - {1}) * torch.rsqrt({2} + 1e-5)"))
-            result = b.let(form.format(source, mean, b.let(var)))
-        case "layer var_mean":
-            centred = b.let(f"{source} - {source}.mean({keep})")
-            result = b.let(f"{centred} * (centred.pow(2).mean({keep}) + 1e-6).rsqrt()".replace("centred", centred))
-        case "rms":
-            result = b.let(f"{source} * torch.rsqrt({source}.pow(2).mean({keep}) + 1e-6)")
-        case _:
-            result = b.let(f"{source} / torch.sqrt(({source} * {source}).mean({keep}) + 1e-6)")
-    if b.pick((False, True)):
-        result = b.let(f"{result} * {b.layer(f'nn.Parameter(numbers({last}{b.typed(source)}))')}")
-        if b.pick((False, True)):
-            b.let(f"{result} + {b.layer(f'nn.Parameter(numbers({last}{b.typed(source)}))')}")
-
-
 # -- writes ----------------------------------------------------------------------------------------------------------
 
 
@@ -373,11 +247,8 @@ def rewritten_sum(b: Builder) -> None:
 
 #: Each word with how often it is drawn.
 WORDS = (
-    (combination, 3), (moves, 4), (concat, 5), (split, 3), (part, 3), (cast, 3), (same_again, 2), (reduction, 1),
-    (pooling, 2), (padded, 3), (there_and_back, 3), (whole_numbers, 2), (shuffle, 1), (dense_block, 2),
-    (squeeze_excite, 1),
+    (combination, 3), (moves, 4), (split, 3), (part, 3), (cast, 3), (same_again, 2), (reduction, 1), (pooling, 2),
+    (padded, 3), (there_and_back, 3), (whole_numbers, 2), (shuffle, 1),
 )  # fmt: skip
-#: Words whose numbers round.
-INEXACT_WORDS = ((attention, 4), (hand_written_norm, 2))
 #: Words that write in place.
 WRITES = ((in_place, 4), (augmented, 2), (through_view, 2), (rewritten_sum, 2))

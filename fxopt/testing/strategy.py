@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from fxopt.errors import UsageError
-from fxopt.testing import layers, moves
+from fxopt.testing import attention, branches, layers, moves
 from fxopt.testing.builder import Builder, Unfit
 from fxopt.testing.network import Network
 
@@ -25,8 +25,8 @@ CHOICES = 32
 
 def words(*, exact: bool, writes: bool) -> list[Word]:
     """Each word as often as it is to be drawn, the simplest first."""
-    drawn = [*layers.WORDS, *moves.WORDS]
-    drawn += [] if exact else moves.INEXACT_WORDS
+    drawn = [*layers.WORDS, *branches.WORDS, *moves.WORDS, *attention.WORDS]
+    drawn += [] if exact else attention.INEXACT_WORDS
     drawn += moves.WRITES if writes else []
     return [word for word, often in drawn for _ in range(often)]
 
