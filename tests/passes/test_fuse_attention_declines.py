@@ -122,7 +122,7 @@ KEPT: list[tuple[str, Body, str]] = [
     ),
     (
         "scores replaced by more than one number",
-        lambda m, x: weighted(x, torch.where(m.future, m.plane - 1e10, scores(x))),
+        lambda m, x: weighted(x, torch.where(m.future, (m.plane.abs() + 1) * -1e10, scores(x))),
         "is where, no product",
     ),
     ("one number for all scores", lambda m, x: weighted(x, scores(x) + m.scale), "has no dimensions"),
@@ -176,6 +176,21 @@ KEPT: list[tuple[str, Body, str]] = [
     ),
     ("the weights times themselves", lambda m, x: (w := scores(x).softmax(-1)) @ w, "does more than multiply"),
     (
+        "einsum that sums the queries up",
+        lambda m, x: torch.einsum("bhij,bhjd->bhd", scores(x).softmax(-1), v(x)),
+        "does not multiply each query's weights",
+    ),
+    (
+        "one v for all heads",
+        lambda m, x: torch.einsum("bhij,bjd->bhid", scores(x).softmax(-1), x[:, :, 2, 0]),
+        "does not multiply each query's weights",
+    ),
+    (
+        "weights that only give a dtype",
+        lambda m, x: v(x).type_as(scores(x).softmax(-1)) @ k(x).mT,
+        "reads the weights, and is no product",
+    ),
+    (
         "a sum with the second product",
         lambda m, x: torch.baddbmm(flat(q(x)), flat(scores(x).softmax(-1)), flat(v(x))),
         "does more than multiply",
@@ -212,8 +227,8 @@ KEPT: list[tuple[str, Body, str]] = [
     ),
     (
         "einsum of a diagonal",
-        lambda m, x: torch.einsum("bii,bid->bid", scores(x).softmax(-1)[:, 0], v(x)[:, 0]),
-        "no product|occurs twice",
+        lambda m, x: torch.einsum("bii,bid->bid", flat(scores(x)).softmax(-1), flat(v(x))),
+        "occurs twice",
     ),
     (
         "einsum with dots on one side",
