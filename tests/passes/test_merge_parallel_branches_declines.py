@@ -116,6 +116,19 @@ def test_weights_that_eager_would_refuse_decline() -> None:
     assert_declined(fxopt.compile(model, passes=PASSES), MERGE, "the weights are torch.float32 and torch.float64")
 
 
+def test_channels_that_eager_would_refuse_decline() -> None:
+    model = Network(lambda m, x: m.one(x) + m.other(x), **parts(other=nn.BatchNorm2d(6))).eval()
+    assert_declined(fxopt.compile(model, passes=PASSES), MERGE, "batch_norm has 6 channels, the layer 4")
+
+
+def test_a_divisor_that_is_computed_waits_until_it_is_a_number() -> None:
+    model = model_of(lambda m, x: m.three(x) + F.avg_pool2d(x, 3, 1, 1, False, True, x.shape[0]))
+    compiled = fxopt.compile(model, passes=PASSES)
+    assert_declined(compiled, MERGE, "the window of avg_pool2d is computed at run time")
+    compiled(torch.randn(IMAGE))
+    assert fired(compiled) == [MERGE]
+
+
 BAD: list[tuple[str, Callable[[Any], Any], str]] = [
     ("a weight that is NaN", lambda m: m.one.weight.fill_(float("nan")), "conv2d: the weight holds NaN"),
     ("a bias that is infinite", lambda m: m.three.bias.fill_(float("inf")), "conv2d_1: the bias holds NaN or infinity"),
