@@ -198,10 +198,28 @@ def test_declines_where_the_image_is_written_in_between(front_end: str) -> None:
     assert_declined(compiled, CONV, "add_ may write to a value of the match")
 
 
-def test_declines_padding_that_is_computed() -> None:
-    model = model_of(lambda m, x: m.conv(pad(x, x.shape[0], x.shape[0])))
-    compiled = compiled_by(PASSES, model, (whole(*SHAPE),), "export")
-    assert_declined(compiled, CONV, "computed at run time")
+@pytest.mark.parametrize(
+    ("body", "rule", "reason"),
+    [
+        pytest.param(lambda m, x: m.conv(pad(x, *[x.shape[0]] * 2)), CONV, "the padding is computed", id="padding"),
+        pytest.param(
+            lambda m, x: F.conv2d(pad(x, 1, 1), m.conv.weight, padding=x.shape[0]),
+            CONV,
+            "the padding of conv2d is computed",
+            id="a layer's own padding",
+        ),
+    ],
+)
+def test_declines_where_the_batch_decides_on(body: Body, rule: str, reason: str) -> None:
+    compiled = compiled_by(PASSES, model_of(body), (whole(*SHAPE),), "export")
+    assert_declined(compiled, rule, reason)
+
+
+def test_declines_a_kernel_that_is_computed() -> None:
+    model = model_of(lambda m, x: F.max_pool2d(low(x, 1, 1), m.size.item(), 1))
+    model.register_buffer("size", torch.tensor(3))
+    compiled = compiled_by(PASSES, model, (whole(*SHAPE),), "symbolic")
+    assert_declined(compiled, MAX, "the kernel or the padding of the pool is computed")
 
 
 def test_declines_a_transposed_convolution() -> None:
