@@ -16,7 +16,6 @@ Numerics: the same bits. Kernels may round otherwise where memory has gaps; gelu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import fx
@@ -24,22 +23,10 @@ from torch import fx
 from fxopt import UNKNOWN, NoMatch, Pass, Rewriter, ir
 
 from . import _memory
+from ._shapes import TRANSPOSES, order_of
 
 aten = torch.ops.aten
 
-TRANSPOSES: tuple[Any, ...] = (
-    aten.permute.default,
-    aten.transpose.int,
-    aten.swapaxes.default,
-    aten.swapdims.default,
-    aten.t.default,
-    aten.numpy_T.default,
-    aten.mT.default,
-    aten.movedim.int,
-    aten.movedim.intlist,
-    aten.moveaxis.int,
-    aten.moveaxis.intlist,
-)
 #: Operations on single elements. Their kernels go through dense memory in its own order, so it decides every bit.
 UNARY = frozenset(
     {
@@ -101,27 +88,6 @@ _PRODUCTS = (aten.matmul.default, aten.mm.default, aten.bmm.default, aten.baddbm
 CHAIN, AROUND = "transpose-of-transpose", "transposes-around-elementwise"
 
 
-def order_of(node: fx.Node) -> tuple[int, ...] | None:
-    """For each dim of a transpose's result the dim of its input; None where the rank is not known."""
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    rank = _rank(source)
-    if rank is None or any(operand is not source for operand in node.all_input_nodes):
-        return None
-    probe = torch.empty_strided([1] * rank, list(range(rank)), device="meta")  # its strides are the names of its dims
-    moved = node.target(probe, *node.args[1:], **node.kwargs)  # type: ignore[operator]
-    return tuple(moved.stride())
-
-
-def _rank(node: fx.Node) -> int | None:
-    """The rank of a value; of a constant it is known, and of a transpose it is its input's."""
-    held = ir.tensor(node)
-    if held is not None:
-        return held.dim()
-    known, source = ir.rank(node), node.args[0] if node.args else None
-    return _rank(source) if known is None and node.target in TRANSPOSES and isinstance(source, fx.Node) else known
-
-
 def _composed(second: Sequence[int], first: Sequence[int]) -> list[int] | None:
     """The order of both transposes in one; None where the second undoes the first."""
     order = [first[dim] for dim in second]
@@ -140,7 +106,7 @@ def _product_reads(node: fx.Node) -> str | None:
 def _chain(node: fx.Node, inner: fx.Node, rewriter: Rewriter) -> fx.Node | NoMatch:
     first, second = order_of(inner), order_of(node)
     if first is None or second is None:
-        return NoMatch(f"{UNKNOWN}the rank of {inner.name} says which dims move", node)
+        return NoMatch(f"{UNKNOWN}the rank of {inner.name} and the dims say what moves", node)
     source, order = inner.args[0], _composed(second, first)
     assert isinstance(source, fx.Node)
     told = _written((node, inner), rewriter)

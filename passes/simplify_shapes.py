@@ -28,7 +28,7 @@ from torch import fx
 
 from fxopt import UNKNOWN, NoMatch, Pass, Rewriter, ir
 
-from . import _memory, _parts
+from . import _memory, _parts, _shapes
 
 aten = torch.ops.aten
 
@@ -124,10 +124,7 @@ def _sizes(node: fx.Node) -> list[Any] | NoMatch:
         return list(ir.argument(node, "shape"))
     shape = ir.shape(node)
     assert shape is not None
-    sizes = [ir.static(size) for size in shape]
-    if sizes.count(None) > 1 or (None in sizes and 0 in sizes):
-        return NoMatch("more than one size is known only at run time", node)
-    return [-1 if size is None else size for size in sizes]
+    return _shapes.as_argument(shape, node)
 
 
 def _back_to_shape(node: fx.Node) -> Step | NoMatch | None:

@@ -4,13 +4,14 @@
     x @ W, mm(x, W)              ->  linear(x, V)                V = W^T, a new constant
     addmm(b, x, W^T)             ->  linear(x, W, b)
     addmm(b, x, W)               ->  linear(x, V, b)             GPT-2's Conv1D
-    reshape(linear(reshape(x)))  ->  linear(x)                   the features are last throughout
+    reshape(linear(reshape(x)))  ->  linear(x), or linear(reshape(x)) in the shape of the result
 
 Linear layers that are written by hand become linear layers, for every pass that looks for one. A bias that is added
 behind the product is fold-affine's.
 
 Legal when: W is a constant matrix, plain, dense and floating point; b a constant vector of its outputs, beta and alpha
-1; between the reshapes nothing but the layer, whose features stay whole, and nobody else reads it.
+1; the reshape behind a layer keeps its features last, and nobody else reads the layer; where a reshape in front is
+still needed, nobody else reads the old one.
 Numerics: reassociates (the same products, which another kernel may sum in another order).
 """
 
@@ -24,7 +25,8 @@ from torch import fx
 from fxopt import UNKNOWN, Match, NoMatch, Pass, Rewriter, Rule, call, const, ir, var
 from fxopt.pattern import Pattern
 
-from .cancel_transposes import TRANSPOSES, order_of
+from . import _shapes
+from ._shapes import TRANSPOSES, order_of
 
 aten = torch.ops.aten
 
@@ -93,20 +95,30 @@ def _equal(left: torch.Tensor | None, right: torch.Tensor) -> bool:
 
 
 def _between_guard(match: Match) -> NoMatch | None:
-    x, inner, outer = match["x"], match.node("inner"), match.root
-    before, flat, after = ir.shape(x), ir.shape(inner), ir.shape(outer)
-    features = ir.shape(match.node("layer"))
-    if before is None or flat is None or after is None or features is None:
-        return NoMatch(f"{UNKNOWN}whether the features are last throughout", outer)
-    if not before or not ir.same_sizes(before[-1:], flat[-1:]):
-        return NoMatch(f"{inner.name} does not keep the features last", inner)
-    if not ir.same_sizes(after, (*before[:-1], features[-1])):
-        return NoMatch(f"{outer.name} does not give back the dimensions of {x.name}", outer)
-    return None
+    layer, inner = match.node("layer"), match.node("inner")
+    before, flat, made, after = (ir.shape(node) for node in (match["x"], inner, layer, match.root))
+    if before is None or flat is None or made is None or after is None:
+        return NoMatch(f"{UNKNOWN}whether {match.root.name} keeps the features last", match.root)
+    if not ir.same_sizes(after[-1:], made[-1:]):
+        return NoMatch(f"{match.root.name} does not keep the features last", match.root)
+    wanted = (*after[:-1], flat[-1])
+    if ir.same_sizes(before, wanted):
+        return None
+    others = [user.name for user in inner.users if user is not layer]
+    if others:
+        return NoMatch(f"{inner.name}, which may copy, is also read by {others[0]}", inner)
+    sizes = _shapes.as_argument(wanted, match.root)
+    return sizes if isinstance(sizes, NoMatch) else None
 
 
 def _drop_reshapes(match: Match, rewriter: Rewriter) -> fx.Node:
-    return rewriter.call(aten.linear.default, match["x"], match["weight"], match["bias"])
+    x, flat, after = match.node("x"), ir.shape(match.node("inner")), ir.shape(match.root)
+    assert flat is not None
+    assert after is not None
+    wanted = (*after[:-1], flat[-1])
+    if not ir.same_sizes(ir.shape(x), wanted):
+        x = rewriter.call(aten.reshape.default, x, _shapes.as_argument(wanted, match.root))
+    return rewriter.call(aten.linear.default, x, match["weight"], match["bias"])
 
 
 def _addmm(weight: Pattern) -> Pattern:

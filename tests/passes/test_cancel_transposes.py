@@ -188,6 +188,7 @@ DECLINES: list[tuple[str, Body, str, str]] = [
         AROUND,
         "differ in shape or strides",
     ),
+    ("one image and several", lambda m, x: nchw(nhwc(x) + nhwc(x[:1])), AROUND, "differ in shape or strides"),
     (
         "two orders in memory",
         lambda m, x: nchw(nhwc(x) + nhwc(x.contiguous(memory_format=torch.channels_last))),
@@ -225,7 +226,7 @@ def test_declines(body: Body, rule: str, reason: str | None, front_end: str) -> 
 
 def test_what_needs_shapes_waits_for_the_first_call() -> None:
     bodies: list[tuple[Body, str]] = [
-        (lambda m, x: x.transpose(1, 2).transpose(1, 2), "the rank of transpose says which dims move"),
+        (lambda m, x: x.transpose(1, 2).transpose(1, 2), "the rank of transpose and the dims say what moves"),
         (lambda m, x: torch.relu(x.transpose(1, 2)).transpose(1, 2), "the rank of what transpose transposes"),
     ]
     for body, reason in bodies:
@@ -233,6 +234,16 @@ def test_what_needs_shapes_waits_for_the_first_call() -> None:
         assert [decline.reason for decline in compiled.report.pending] == [reason]
         compiled(torch.randn(SHAPE))
         assert len(fired(compiled)) == 1
+
+
+def test_a_dim_that_is_computed_waits_for_the_first_call() -> None:
+    body = lambda m, x: torch.relu(x).transpose(1, x.dim() - 1).transpose(1, x.dim() - 1)  # noqa: E731
+    norm = torch.nn.BatchNorm2d(4)
+    model = Network(lambda m, x: torch.relu(body(m, m.norm(x))), norm=norm).eval()
+    compiled = fxopt.compile(model, passes=PASSES)
+    assert not fired(compiled)
+    compiled(torch.randn(SHAPE))
+    assert fired(compiled) == [CHAIN]
 
 
 def test_a_rank_that_is_proved_is_enough() -> None:
