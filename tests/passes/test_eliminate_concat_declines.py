@@ -250,3 +250,9 @@ def test_sums_are_not_rounded_to_half_precision_between_the_parts(dtype: torch.d
     assert [entry.reason for entry in declines if entry.rule == CONSUMER] == [
         f"the sums would be rounded to {dtype} between the parts"
     ]
+
+
+def test_channels_that_are_not_known_are_not_divided() -> None:
+    """export leaves the first dimension open, which here has the channels."""
+    compiled = compiled_by(PASSES, model_of(lambda m, x: m.linear(joined(x, 0))), (torch.randn(16),), "export")
+    assert_declined(compiled, CONSUMER, "how many channels a part has is not a known number")
