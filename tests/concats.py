@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,10 @@ from fxopt.capture import capture_symbolic, private_copy
 from fxopt.lowering.backend import set_concrete_values
 from fxopt.pipeline import PassManager, Run
 from fxopt_passes import eliminate_concat
+from graphs import Network, randomised
+
+Body = Callable[[Any, Any], Any]
+SIXTEEN = (2, 16, 6, 6)  # channels are worth a kernel
 
 
 def dyadic(*shape: int) -> torch.Tensor:
@@ -131,6 +135,56 @@ class Written:
             else:
                 values[node] = node.target(*args, **kwargs)
         raise AssertionError("there is no output")
+
+
+# -- models of one line ----------------------------------------------------------------------------------------------
+
+
+def sixteens() -> dict[str, Any]:
+    """Layers of 16 channels, and of twice as many for what joins two."""
+    return {
+        "a": nn.Conv2d(16, 16, 1),
+        "b": nn.Conv2d(16, 16, 3, padding=1, bias=False),
+        "c": nn.Linear(6, 6),
+        "d": nn.Linear(6, 6),
+        "conv": nn.Conv2d(32, 8, 1),
+        "padded": nn.Conv2d(32, 8, 3, stride=2, padding=1, dilation=2),
+        "bare": nn.Conv2d(32, 8, 3, bias=False),
+        "same": nn.Conv2d(32, 8, 3, padding="same"),
+        "grouped": nn.Conv2d(32, 8, 1, groups=2),
+        "transposed": nn.ConvTranspose2d(32, 8, 1),
+        "circular": nn.Conv2d(32, 8, 3, padding=1, padding_mode="circular"),
+        "four": nn.Conv2d(64, 8, 1),
+        "thin": nn.Conv2d(20, 8, 1),
+        "three": nn.Conv2d(48, 4, 1),
+        "line": nn.Conv1d(32, 8, 3, padding=2),
+        "volume": nn.Conv3d(32, 4, (1, 3, 3), padding=(0, 1, 1)),
+        "linear": nn.Linear(32, 4),
+        "plain": nn.Linear(32, 4, bias=False),
+        "norm": nn.BatchNorm2d(32),
+        "bare_norm": nn.BatchNorm2d(32, affine=False),
+        "norm12": nn.BatchNorm2d(16),
+        "square": torch.randn(32, 32),
+        "nan_rows": torch.full((3, 32), float("nan")),
+        "rows": nn.BatchNorm2d(12),
+        "nan": nn.Conv2d(16, 16, 1),
+        "free": nn.BatchNorm2d(32, track_running_stats=False),
+    }
+
+
+def model_of(body: Body) -> nn.Module:
+    model = randomised(Network(body, **sixteens()))
+    with torch.no_grad():
+        model.nan.weight[0, 0] = float("nan")
+    return model
+
+
+def both_convs(m: Any, x: torch.Tensor) -> torch.Tensor:
+    return torch.cat([m.a(x), m.b(x)], 1)
+
+
+def joined(x: torch.Tensor, dim: int = 1) -> torch.Tensor:
+    return torch.cat([torch.relu(x), x], dim)
 
 
 # -- networks that join and split ------------------------------------------------------------------------------------
