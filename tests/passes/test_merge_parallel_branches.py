@@ -96,6 +96,11 @@ MERGES: list[tuple[str, Body, dict[str, int]]] = [
         lambda m, x: (y := m.one(x) + m.three(x)) + m.bare(x) + y.relu(),
         {"conv2d": 2, "add": 2, "relu": 1},
     ),
+    (
+        "a branch that something else reads stays, the others merge",
+        lambda m, x: ((y := m.one(x)) + m.three(x) + m.bare(x)) * y,
+        {"conv2d": 2, "add": 1, "mul": 1},
+    ),
     ("one layer called twice", lambda m, x: m.three(x) + m.three(x), ONE),
     (
         "a value that is itself a norm",
