@@ -88,7 +88,8 @@ def _grown(
     runs = [
         (buffers.leaves(buffer), buffer)
         for buffer in made
-        if ir.argument(buffer, "dim") == dim and buffer not in owners.owner and owners.refusal(buffer, node) is None
+        if ir.argument(buffer, "dim") == dim and ir.rank(buffer) == ir.rank(node)
+        if buffer not in owners.owner and owners.refusal(buffer, node) is None
     ]
     found: list[fx.Node] = []
     place = 0

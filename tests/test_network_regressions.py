@@ -20,6 +20,17 @@ FOUND = [
         ),
         id="a part of a merged layer is handed out, and another part may be viewed",
     ),
+    pytest.param(
+        Network(
+            """
+                v1 = torch.relu(x)
+                v2 = torch.cat([v1, v1], 1)
+                v3 = torch.stack([v2, v2], 1)
+                return torch.cat([v3, v3], 1)
+            """,
+        ),
+        id="a concat behind a buffer of fewer dimensions",
+    ),
 ]
 
 

@@ -14,6 +14,7 @@ from hypothesis import event
 
 import fxopt
 from fxopt import plugins
+from fxopt.pipeline import only
 from fxopt.testing import Network, Oracle, networks
 from harness import captured, everything_pays, interpreted, on_random, rewritten
 
@@ -49,7 +50,7 @@ def test_the_pipeline_keeps(graphs: int, exact: bool, shard: int) -> None:
 
 @shards
 def test_passes_that_promise_the_same_bits_keep_them(graphs: int, shard: int) -> None:
-    passes = [current for current in plugins.default_pipeline() if current.numerics == "bitwise"]
+    passes = only(plugins.default_pipeline(), lambda current: current.numerics == "bitwise")
 
     def check(network: Network) -> None:
         oracle = Oracle(network, special=True)

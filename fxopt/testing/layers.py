@@ -302,5 +302,5 @@ def nothing(b: Builder) -> None:
 WORDS = (
     (activation, 3), (nothing, 2), (norm, 2), (convolution, 4), (linear, 3), (affine, 3), (block, 2), (nonnegative, 2),
     (again, 2), (tied, 1), (mlp, 1), (pre_activation, 2), (around_layer, 2),
-    (computed_weight, 2), (odd_convolution, 2), (transposed_convolution, 2),
+    (computed_weight, 3), (odd_convolution, 2), (transposed_convolution, 2),
 )  # fmt: skip
