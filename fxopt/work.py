@@ -302,7 +302,7 @@ def _recurrent(call: Call) -> Cost:
 )  # fmt: skip
 def _pool(call: Call) -> Cost:
     kernel = call.arguments["kernel_size"]
-    kernel = [kernel] if isinstance(kernel, int) else list(kernel)
+    kernel = [_number(size) for size in (kernel if isinstance(kernel, (list, tuple)) else [kernel])]
     spatial = int(ir.target_name(call.node).partition("pool")[2][0])
     return call.cost(prod(call.result) * prod(kernel * spatial if len(kernel) == 1 else kernel))
 

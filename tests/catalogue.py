@@ -24,7 +24,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 import fxopt
-from fxopt import cost, ir, ops
+from fxopt import buffers, cost, ir, ops
 from sweep import in_own_process, randomise, read
 from taso import BENCHMARKS
 from zoo import import_timm, import_torchvision, import_transformers
@@ -139,6 +139,8 @@ _LAYERS = {"mm", "bmm", "matmul", "addmm", "baddbmm", "einsum", "linear", "scale
 def kind(node: fx.Node) -> str:
     """Which column counts a node; a batch norm in inference is elementwise."""
     name = ir.target_name(node)
+    if node.target is ops.buffer:
+        return "concat" if buffers.copied(node) else "other"  # nothing is done where every part is in place
     if ops.is_fused(node) or node.target in ops.CONVOLUTION_TARGETS or name in _LAYERS:
         return "layers"
     if cost.is_concat(node):
@@ -207,7 +209,7 @@ Each cell is before → after, one number where nothing changed.
 
 - **layers**: convolutions and matrix products (linear, matmul, attention), with what is fused into them.
 - **elementwise**: operations on each element, batch norms in inference among them.
-- **concat**: joins of tensors. **other**: everything else that is a node, views among them.
+- **concat**: joins of tensors that copy a part. **other**: everything else that is a node, views among them.
 - **MB moved**: bytes that the nodes read and write, weights included. **MB by concat**: what concats copy.
 - **GFLOP**, **ms**: operations, and time under the roofline of a CPU of two threads (`fxopt/cost.py` says which). It
   ranks graphs; it does not predict a run.
