@@ -204,8 +204,10 @@ def _around(node: fx.Node, inner: fx.Node, rewriter: Rewriter) -> fx.Node | NoMa
     if refusal is not None:
         return refusal
     second = order_of(node)
-    if region.first is None or second is None:
+    if region.first is None:
         return NoMatch("nothing is transposed", node)
+    if second is None:
+        return NoMatch(f"{UNKNOWN}the rank of {inner.name} and the dims say what moves", node)
     order = _composed(second, region.first)
     matched = (node, *region.steps, *region.leaves)
     told = region.guard() or _written(matched, rewriter) or (_product_reads(node) if order else None)

@@ -188,6 +188,7 @@ DECLINES: list[tuple[str, Body, str, str]] = [
         AROUND,
         "differ in shape or strides",
     ),
+    ("there are no dimensions", lambda m, x: torch.relu(x.sum()).t() + x, AROUND, "nothing is transposed"),
     ("one image and several", lambda m, x: nchw(nhwc(x) + nhwc(x[:1])), AROUND, "differ in shape or strides"),
     (
         "two orders in memory",
@@ -237,13 +238,22 @@ def test_what_needs_shapes_waits_for_the_first_call() -> None:
 
 
 def test_a_dim_that_is_computed_waits_for_the_first_call() -> None:
-    body = lambda m, x: torch.relu(x).transpose(1, x.dim() - 1).transpose(1, x.dim() - 1)  # noqa: E731
+    """The norm proves the rank, and the batch is two."""
     norm = torch.nn.BatchNorm2d(4)
-    model = Network(lambda m, x: torch.relu(body(m, m.norm(x))), norm=norm).eval()
-    compiled = fxopt.compile(model, passes=PASSES)
+    model = Network(lambda m, x: m.norm(x).transpose(1, x.shape[0]).transpose(1, x.shape[0]).relu(), norm=norm).eval()
+    compiled = fxopt.compile(model, passes=PASSES, backend="aten", strict=True)
     assert not fired(compiled)
     compiled(torch.randn(SHAPE))
     assert fired(compiled) == [CHAIN]
+
+
+def test_a_rank_behind_an_operation_waits_for_the_first_call() -> None:
+    norm, relu = torch.nn.BatchNorm2d(4), torch.nn.ReLU()
+    model = Network(lambda m, x: m.relu(m.norm(x).transpose(2, 3)).transpose(2, 3).abs(), norm=norm, relu=relu).eval()
+    compiled = fxopt.compile(model, passes=PASSES, backend="aten", strict=True)
+    assert {decline.reason for decline in compiled.report.pending} == {"the rank of relu and the dims say what moves"}
+    compiled(torch.randn(SHAPE))
+    assert fired(compiled) == [AROUND]
 
 
 def test_a_rank_that_is_proved_is_enough() -> None:
