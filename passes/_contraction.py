@@ -130,13 +130,13 @@ def is_number(value: object) -> bool:
 
 
 def number(value: Any, constant: Constant) -> float | None:
-    """A finite number: a Python one, or a constant tensor of one element; None for anything else."""
+    """A number: a Python one, or a constant tensor of one element; None for anything else."""
     if isinstance(value, fx.Node):
         found = constant(value)
         if found is None or found.dim() > 1 or found.numel() != 1 or not found.is_floating_point():
             return None
         value = float(found)
-    return float(value) if is_number(value) and abs(value) <= torch.finfo(torch.float64).max else None
+    return float(value) if is_number(value) else None
 
 
 def scaling(node: fx.Node, constant: Constant) -> tuple[fx.Node, float] | None:
@@ -147,7 +147,7 @@ def scaling(node: fx.Node, constant: Constant) -> tuple[fx.Node, float] | None:
     if node.target is aten.mul.Tensor and (not isinstance(source, fx.Node) or number(source, constant) is not None):
         source, other = other, source
     factor = number(other, constant)
-    if factor is None or not isinstance(source, fx.Node) or ir.dtype(source) != ir.dtype(node):
+    if factor is None or not isinstance(source, fx.Node):
         return None
     if node.target is aten.mul.Tensor:
         return source, factor

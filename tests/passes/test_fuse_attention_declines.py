@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -31,6 +34,13 @@ from graphs import FRONT_ENDS, assert_declined, compiled_by, fired
 
 both = pytest.mark.parametrize("front_end", FRONT_ENDS)
 OPEN = "is NaN here and 0 in the operator"
+
+
+def drawn(x: Any, low: float) -> Any:
+    """A mask that is computed from the input: 0 or `low` for each key."""
+    return torch.where(x[:, None, None, :, 0, 0, 0] > 9, 0.0, low)
+
+
 KEPT: list[tuple[str, Body, str]] = [
     ("the weights are a result", lambda m, x: ((w := scores(x).softmax(-1)) @ v(x), w), "is a result of the model"),
     (
@@ -124,6 +134,24 @@ KEPT: list[tuple[str, Body, str]] = [
         "scores replaced by more than one number",
         lambda m, x: weighted(x, torch.where(m.future, (m.plane.abs() + 1) * -1e10, scores(x))),
         "is where, no product",
+    ),
+    ("a scale that is infinite", lambda m, x: weighted(x, scores(x) * INF), "the scale is inf"),
+    (
+        "a computed mask that is written",
+        lambda m, x: (mask := drawn(x, 1.0), mask[..., 0].fill_(-INF), weighted(x, scores(x) + mask))[2],
+        OPEN,
+    ),
+    ("a computed mask that overflows on the way", lambda m, x: weighted(x, scores(x) + drawn(x, MIN) * 2 * 0.1), OPEN),
+    (
+        "a computed mask that overflows by alpha",
+        lambda m, x: weighted(x, scores(x) + torch.add(drawn(x, 0.0), drawn(x, MIN / 2), alpha=8)),
+        OPEN,
+    ),
+    ("a computed mask that may be NaN", lambda m, x: weighted(x, scores(x) + drawn(x, math.nan)), OPEN),
+    (
+        "a wider scale",
+        lambda m, x: joined(((q(x) * m.wide[0, :1]) @ k(x).double().mT).softmax(-1).to(x.dtype) @ v(x)),
+        "have the dtypes",
     ),
     ("one number for all scores", lambda m, x: weighted(x, scores(x) + m.scale), "has no dimensions"),
     ("integers that are added", lambda m, x: weighted(x, scores(x) + m.whole), "not floating point"),
@@ -307,3 +335,9 @@ def test_declines(body: Body, reason: str, front_end: str) -> None:
         compiled(x.clone())
     assert not fired(compiled)
     assert_declined(compiled, "attention", reason)
+
+
+def test_a_scale_per_head_that_is_wider_than_q_declines() -> None:
+    model = model_of(lambda m, x: joined((scores(x) * m.per_head).softmax(-1).to(x.dtype) @ v(x)))
+    compiled = compiled_by(PASSES, model, (torch.randn(B, N, 3, H, D).half(),), "symbolic")
+    assert_declined(compiled, "attention", "the scale per_head is torch.float32, not torch.float16")

@@ -14,25 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fxopt
-from attention import (
-    INF,
-    MIN,
-    PASSES,
-    B,
-    D,
-    H,
-    N,
-    flat,
-    joined,
-    k,
-    kernels,
-    model_of,
-    outcome,
-    q,
-    scores,
-    v,
-    weighted,
-)
+from attention import INF, MIN, PASSES, B, D, H, N, flat, joined, k, kernels, model_of, outcome, q, scores, v, weighted
 from graphs import FRONT_ENDS, TwoInputs, compiled_by, fired, operations, reasons
 from zoo import import_timm, import_torchvision
 
@@ -138,6 +120,10 @@ def compiled_quickly(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> fxop
     return compiled
 
 
+def strides(value: torch.Tensor) -> list[int]:
+    return [stride for stride, size in zip(value.stride(), value.shape, strict=True) if size != 1]
+
+
 @given(drawn())
 def test_hard_attention_keeps_every_bit(case: tuple[Drawn, tuple[int, ...]]) -> None:
     """Scores lie so far apart that each query takes one value whole: exact, and wrong if anything is misaligned."""
@@ -151,9 +137,7 @@ def test_hard_attention_keeps_every_bit(case: tuple[Drawn, tuple[int, ...]]) -> 
     with torch.no_grad():
         expected, actual = model(*inputs), compiled(*inputs)
     assert torch.equal(actual, expected)
-    assert [s for s, n in zip(actual.stride(), actual.shape, strict=True) if n != 1] == [
-        s for s, n in zip(expected.stride(), expected.shape, strict=True) if n != 1
-    ]
+    assert strides(actual) == strides(expected)
 
 
 @given(drawn())
@@ -188,7 +172,7 @@ def test_a_second_run_changes_nothing(case: tuple[Drawn, tuple[int, ...]]) -> No
 
 
 def chosen(x: Any) -> Any:
-    """All keys of every query."""
+    """Every key of every query."""
     return x[:, None, None, :, 0, 0, 0].abs() > -1
 
 
