@@ -13,6 +13,7 @@ import torch
 from hypothesis import event, given
 from hypothesis import strategies as st
 from torch import fx, nn
+from torch.nn import functional as F
 
 import fxopt
 from concats import Written, captured, everything_pays, networks, results_of, rewritten, strides
@@ -119,6 +120,11 @@ def drawn(m: Any, x: torch.Tensor) -> torch.Tensor:
     return buffer([torch.rand_like(x), torch.bernoulli(x.sigmoid())])
 
 
+def by_the_batch(m: Any, x: torch.Tensor) -> torch.Tensor:
+    mean, variance = m.constant[:, :, 0, 0].abs()
+    return buffer([F.batch_norm(x, mean, variance, training=True), relu(x)])
+
+
 ILLEGAL: list[tuple[str, Body, list[str]]] = [
     ("an input", lambda m, x: buffer([x, relu(x)]), ["part 0", "x is an input|tensors_0 is an input"]),
     ("a constant", lambda m, x: buffer([m.constant, relu(x)]), ["part 0", "constant is a constant"]),
@@ -126,6 +132,7 @@ ILLEGAL: list[tuple[str, Body, list[str]]] = [
     ("a view by shape", lambda m, x: buffer([relu(x).reshape(2, 2, 6, 3)[:, :, :3], x.abs()]), ["part 0", "is a view"]),
     ("an operator that writes no slices", lambda m, x: buffer([x.cumsum(1), relu(x)]), ["part 0", "tensor of its own"]),
     ("a random draw", drawn, ["part 1", "bernoulli.* gives a tensor of its own"]),
+    ("a norm by the batch, which writes", by_the_batch, ["part 0", "batch_norm.* gives a tensor of its own"]),
     ("another dtype", lambda m, x: buffer([x.double().abs(), relu(x)]), ["part 1", "float32 .*float64"]),
     ("another order of dimensions", another_order, ["part 1", "in another order"]),
     ("a result of the model", lambda m, x: (y := relu(x), buffer([y, x.abs()])), ["part 0", "hands out relu"]),
