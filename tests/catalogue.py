@@ -163,10 +163,11 @@ def still_copying(fast: fxopt.CompiledModule) -> list[dict[str, Any]]:
     for node in fast.fused_graph.graph.nodes:
         work = cost.of(node) if cost.is_concat(node) else None
         if work is not None and work.copied:
+            # What the backend makes of it is another matter: the passes' own journal.
             reasons = [
-                f"{decline.pass_name}: {decline.reason}"
-                for decline in fast.report.declines
-                if decline.node == node.name and decline.fits
+                decline.reason.rpartition("copied: ")[2]
+                for decline in fast.report.journal.declines.values()
+                if decline.node == node.name and decline.pass_name == "allocate-buffers"
             ]
             found.append({"node": node.name, "bytes": work.copied, "reasons": reasons})
     return found
@@ -264,8 +265,10 @@ def table(lines: dict[str, dict[str, Any]]) -> str:
     if copying:
         text.append("\n## Concats that still copy, and why\n")
         for name, concats in copying.items():
-            reasons = Counter("; ".join(entry["reasons"]) or "no pass takes it" for entry in concats)
-            said = "; ".join(f"{count} of them: {reason}" for reason, count in reasons.most_common())
+            reasons = Counter(
+                re.sub(r"_?\d+", "", reason) for entry in concats for reason in entry["reasons"] or ["no pass takes it"]
+            )
+            said = "; ".join(f"{count}x {reason}" for reason, count in reasons.most_common())
             text.append(f"- {name}: {sum(entry['bytes'] for entry in concats) / 1e6:.1f} MB in {len(concats)}; {said}")
     bad = {name: line for name, line in lines.items() if name in done and is_bad(line)}
     if bad:

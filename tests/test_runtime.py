@@ -252,7 +252,7 @@ def test_its_tensors_have_the_models_names_and_none_requires_grad() -> None:
     assert not any(parameter.requires_grad for parameter in parameters.values())
     tensors = {**parameters, **dict(compiled.named_buffers())}
     assert set(tensors) == set(compiled.state_dict())
-    assert {"conv.weight_folded", "conv.bias_folded", "skip.weight"} <= set(tensors)
+    assert {"conv.weight_folded_merged", "conv.bias_merged", "head.weight"} <= set(tensors)  # conv and skip are added
     assert not any(name.startswith("norm.") for name in tensors)
 
 

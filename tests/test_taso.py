@@ -1,4 +1,4 @@
-"""The benchmark graphs of TASO and Tensat, small: the same results, of fewer operations."""
+"""The benchmark graphs of TASO and Tensat, small: the same results, of fewer kernels."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import fxopt
 from fxopt import cost
 from taso import BENCHMARKS
 
-#: At least so many operations go, at any size: each convolution's ReLU, each sum that a layer takes as its residual.
+#: At least so many kernels go, at any size; views are none.
 GONE = {
     "ResNeXt-50 cell": 12,  # three activations and a sum in each of three blocks
-    "NasNet-A cell": 4,  # the activations behind the 1x1 convolutions
-    "NasRNN cell": 40,  # each of eight sums, in each of five steps
-    "Inception-v3": 94,
-    "SqueezeNet": 26,
+    "NasNet-A cell": 20,  # the activations behind the 1x1 convolutions, the concats and what they copied
+    "NasRNN cell": 121,  # the sums, and all but one of the products that read one value, in each of five steps
+    "Inception-v3": 123,
+    "SqueezeNet": 42,  # 26 activations, 8 concats
     "VGG-19": 18,
-    "BERT": 0,
+    "BERT": 12,  # attention is one operator, queries, keys and values are one product
 }
 
 
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name == "Inception-v3" else name for name in BENCHMARKS]
 )
-def test_a_benchmark_graph_gives_the_same_of_fewer_operations(name: str) -> None:
+def test_a_benchmark_graph_gives_the_same_of_fewer_kernels(name: str) -> None:
     benchmark = BENCHMARKS[name]
     model, x = benchmark.build_small().eval(), torch.randn(benchmark.small_shape)
     fast = fxopt.compile(model, (x,), strict=True)
@@ -34,7 +34,7 @@ def test_a_benchmark_graph_gives_the_same_of_fewer_operations(name: str) -> None
     report = fast.report
     assert report.verdict is not None
     assert report.verdict.ok
-    assert report.before - report.after >= GONE[name]
+    assert report.work_before.work.launches - report.work_after.work.launches >= GONE[name]
     assert report.work_after.seconds <= report.work_before.seconds
 
 
