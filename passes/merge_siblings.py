@@ -49,7 +49,7 @@ def _merge_readers(rewriter: Rewriter, source: fx.Node, readers: Sequence[fx.Nod
         found = _siblings.layer(reader, source)
         if isinstance(found, NoMatch):
             rewriter.decline(reader, found.reason, rule=_rule(reader))
-        elif ir.rank(reader) is not None and _siblings.is_wide(reader, found.dim):
+        elif ir.rank(source) is not None and _siblings.is_wide(reader, found.dim):
             rewriter.decline(reader, "it is several layers in one already", rule=found.rule, fits=False)
         else:
             by_key.setdefault(found.key, []).append(found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+import fxopt
 from fxopt import plugins
 from fxopt.testing import Network, Oracle
 from harness import captured, interpreted, rewritten
@@ -31,6 +32,17 @@ FOUND = [
         ),
         id="a concat behind a buffer of fewer dimensions",
     ),
+    pytest.param(
+        Network(
+            """
+                v1 = x.transpose(1, 2)
+                v2 = v1.mT
+                v2 -= 2
+                return v2, v1
+            """,
+        ),
+        id="a write to an attribute of a value, which tracing took for a difference",
+    ),
 ]
 
 
@@ -41,3 +53,23 @@ def test_the_pipeline_keeps(network: Network) -> None:
     rewritten(module, plugins.default_pipeline())
     assert not oracle.differences(interpreted(module))
     assert not rewritten(module, plugins.default_pipeline()).journal.rewrites
+
+
+def test_siblings_of_a_known_rank_read_a_value_of_none() -> None:
+    """Without shapes, a norm says how many dimensions its layer gives, and nothing says how many the layer takes."""
+    network = Network(
+        """
+            v1 = self.conv1(x)
+            v2 = self.norm(self.conv2(x))
+            v2 = v2.relu()
+            return v1, v2, self.conv3(x) * v1
+        """,
+        layers={
+            "conv1": "nn.Conv2d(4, 4, 1)",
+            "conv2": "nn.Conv2d(4, 4, 1)",
+            "conv3": "nn.Conv2d(4, 4, 1)",
+            "norm": "nn.BatchNorm2d(4)",
+        },
+    )
+    fast = fxopt.compile(network, verify=False, strict=True)
+    assert not Oracle(network).differences(fast)

@@ -31,16 +31,23 @@ _INPLACE = {"__iadd__": "add_", "__isub__": "sub_", "__imul__": "mul_", "__itrue
 
 
 class _Proxy(fx.Proxy):
-    """A proxy on which `x += y` is the write that it is."""
+    """A proxy on which `x += y` is the write that it is, also where x is an attribute of another (`x.mT -= 1`)."""
 
     def __setitem__(self, index: Any, value: Any) -> None:
         raise fx.proxy.TraceError("an item of a tensor is assigned")
 
+    def __getattr__(self, name: str) -> Any:
+        return _Attribute(self, name)
+
+
+class _Attribute(_Proxy, fx.proxy.Attribute):
+    """An attribute of a traced value."""
+
 
 def _in_place(method: str) -> Callable[[_Proxy, Any], Any]:
     def spell(self: _Proxy, other: Any) -> Any:
-        # On a size (an int in Python) `n += 1` makes a new number; on a tensor it writes.
-        if _gives_number(self.node):
+        # On a size (an int in Python) or a shape `n += 1` makes a new one; on a tensor it writes.
+        if _gives_number(self.node) or _gives_sizes(self.node):
             return getattr(operator, method.removesuffix("_"))(self, other)
         return self.tracer.create_proxy("call_method", method, (self, other), {})
 
