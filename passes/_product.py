@@ -85,7 +85,7 @@ class _Product(Pattern):
         return frozenset({aten.mul.Tensor, aten.div.Tensor})
 
     def fits(self, value: Any, state: Any) -> Iterator[Any]:
-        found = _flatten(value, root=True)
+        found = _flatten(value, _DEPTH)
         if found is None:
             shown = f"{value.name} is {ir.target_name(value)}" if isinstance(value, fx.Node) else f"{value!r} is"
             yield NoMatch(f"{shown}, not a product", value if isinstance(value, fx.Node) else None)
@@ -129,25 +129,29 @@ def product(*factors: Pattern, constant: Pattern | None = None) -> Pattern:
 Factors = tuple[tuple[fx.Node, ...], float, tuple[fx.Node, ...]]
 
 
-def _flatten(value: Any, *, root: bool = False) -> Factors | None:
+#: How deep the products of a formula are nested at most. A graph of two thousand multiplications has no end of them.
+_DEPTH = 6
+
+
+def _flatten(value: Any, depth: int) -> Factors | None:
     """A product's factors, the number among them, and the nodes that multiply; None for what is no product.
 
-    A product inside that others read too is a factor as it is.
+    A product inside is a factor as it is where others read it too, or below `depth`.
     """
-    if not isinstance(value, fx.Node) or (len(value.users) != 1 and not root):
+    if not isinstance(value, fx.Node) or depth == 0 or (len(value.users) != 1 and depth < _DEPTH):
         return None
     match value.target:
         case aten.mul.Tensor:
-            parts = [_factor(operand) for operand in value.args]
+            parts = [_factor(operand, depth) for operand in value.args]
         case aten.div.Tensor:
             divisor = number(value.args[1])
             if not divisor:
                 return None
-            parts = [_factor(value.args[0]), ((), 1 / divisor, ())]
+            parts = [_factor(value.args[0], depth), ((), 1 / divisor, ())]
         case aten.square.default:
-            parts = [_factor(value.args[0])] * 2
+            parts = [_factor(value.args[0], depth)] * 2
         case aten.pow.Tensor_Scalar if number(value.args[1]) in (2, 3):
-            parts = [_factor(value.args[0])] * (2 if number(value.args[1]) == 2 else 3)
+            parts = [_factor(value.args[0], depth)] * (2 if number(value.args[1]) == 2 else 3)
         case _:
             return None
     factors: list[fx.Node] = []
@@ -162,13 +166,13 @@ def _flatten(value: Any, *, root: bool = False) -> Factors | None:
     return tuple(factors), scale, tuple(dict.fromkeys(nodes))
 
 
-def _factor(value: Any) -> Factors | None:
+def _factor(value: Any, depth: int) -> Factors | None:
     constant = number(value)
     if constant is not None:
         return (), constant, ()
     if not isinstance(value, fx.Node):
         return None
-    return _flatten(value) or ((value,), 1.0, ())
+    return _flatten(value, depth - 1) or ((value,), 1.0, ())
 
 
 def plus(value: Pattern, other: Pattern) -> Pattern:

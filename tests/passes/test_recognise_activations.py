@@ -294,6 +294,24 @@ def test_squeeze_and_excite_keeps_its_gate(front_end: str) -> None:
     assert_declined(compiled, "silu", "two different values")
 
 
+@pytest.mark.parametrize(
+    "step",
+    [
+        pytest.param(lambda y: y * 1.0001, id="one by one"),
+        pytest.param(lambda y: y * y, id="each doubling the factors"),
+        pytest.param(lambda y: y**3, id="each trebling them"),
+    ],
+)
+def test_a_long_product_is_left_alone_at_once(step: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def body(m: Any, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(600):
+            x = step(x)
+        return x
+
+    compiled = fxopt.compile(Network(body).eval(), passes=PASSES, strict=True)
+    assert fired(compiled) == []
+
+
 def test_waits_for_the_dtype() -> None:
     compiled = fxopt.compile(model_of(lambda m, x: x * torch.sigmoid(x)), passes=PASSES)
     assert [decline.reason for decline in compiled.report.pending] == ["the dtype of x"]
