@@ -340,3 +340,14 @@ def test_infinity_is_as_in_aten(value: float) -> None:
     model, given = EachActivation(passing).eval(), poisoned(value)
     compiled = fxopt.compile(model, (torch.randn(1, 1, 4, 4),), backend="onednn")
     assert_each(compiled(given), model(given))
+
+
+@pytest.mark.parametrize("name", ["clamp", "hardtanh"])
+def test_bounds_the_wrong_way_round_stay_atens(name: str) -> None:
+    """oneDNN refuses them, and not before it runs."""
+    model = Network(lambda m, x: m.conv(x).clamp(2, -1), conv=nn.Conv2d(4, 4, 3)).eval()
+    if name == "hardtanh":
+        model = Network(lambda m, x: torch.ops.aten.hardtanh(m.conv(x), 2, -1), conv=nn.Conv2d(4, 4, 3)).eval()
+    x = torch.randn(2, 4, 6, 6)
+    fast = fxopt.compile(model, (x,), backend="onednn", verify=False, passes=["fuse-conv-activation"])
+    assert torch.equal(fast(x), model(x))

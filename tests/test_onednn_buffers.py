@@ -148,3 +148,15 @@ def test_a_buffer_of_no_other_is_left_to_cat_and_the_report_says_why() -> None:
     assert len(reasons) == 2
     assert all("is copied: mkldnn._convolution_pointwise gives a tensor of its own here" in text for text in reasons)
     assert "gives a tensor of its own" in str(fast.explain("buffer"))
+
+
+def test_a_buffer_that_is_twice_in_another_is_copied_once() -> None:
+    def body(m: Any, x: torch.Tensor) -> Any:
+        a = torch.cat([m.first(x), m.second(x)], 1)
+        return m.reader(torch.cat([a, a], 1))
+
+    model = Network(body, first=nn.Conv2d(3, 4, 1), second=nn.Conv2d(3, 2, 1), reader=nn.Conv2d(12, 4, 1)).eval()
+    x = torch.randn(2, 3, 6, 6)
+    fast = fxopt.compile(model, (x,), backend="onednn", passes=["allocate-buffers"], verify=False)
+    assert copies(lowered(fast)) == [4, 2, 6]
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-5)

@@ -49,6 +49,13 @@ _SMALLEST_LINEAR = 1 << 17
 _LINEAR_UNARY = frozenset({"none", "relu", "silu", "gelu", "gelu_tanh", "relu6", "clamp", "hardtanh"})
 
 
+def _fuses(name: str, numbers: list[float]) -> bool:
+    """Whether oneDNN has an activation; it refuses bounds of which the lower is not below the upper when it runs."""
+    if name in ("clamp", "hardtanh"):
+        return numbers[0] <= numbers[1]
+    return name in _UNARY
+
+
 def _scalars(name: str, numbers: list[float]) -> list[float]:
     return [0.0, 6.0] if name == "relu6" else list(numbers)
 
@@ -170,7 +177,7 @@ def _convolution(rewriter: Rewriter, node: fx.Node, given: dict[str, Any]) -> fx
             value, mkldnn._convolution_pointwise.binary, *sum_of, *weights, *geometry, "add", 1.0, unary, [], None
         )
         return result if fused else _activation(rewriter, result, activation, numbers)
-    fused = residual is None and activation in _UNARY
+    fused = residual is None and _fuses(activation, numbers)
     name = activation if fused else "none"
     attr, algorithm = _UNARY[name]
     epilogue = (attr, _scalars(name, numbers) if fused else [], algorithm)
@@ -242,7 +249,7 @@ def _linear(rewriter: Rewriter, node: fx.Node, given: dict[str, Any]) -> fx.Node
     if residual is not None:
         result = rewriter.call_as(value, mkldnn._linear_pointwise.binary, source, residual, *weights, "add")
         return _activation(rewriter, result, activation, numbers)
-    fused = activation in _LINEAR_UNARY
+    fused = activation in _LINEAR_UNARY and _fuses(activation, numbers)
     name = activation if fused else "none"
     attr, algorithm = _UNARY[name]
     epilogue = (attr, _scalars(name, numbers) if fused else [], algorithm)

@@ -24,9 +24,14 @@ aten = torch.ops.aten
 def lower_buffers(rewriter: Rewriter) -> None:
     """Gives each tree of nested buffers one memory; leaves the others, with the reason."""
     found = sorted(rewriter.graph.find_nodes(op="call_function", target=ops.buffer))
-    owner = {part: node for node in found for part in buffers.in_place(node) if part.target is ops.buffer}
     # Asked now: once a buffer has become a slice, it is no part of another any more.
-    new = {node: [owner.get(part) is not node for part in buffers.parts(node)] for node in found}
+    new = {node: _new_parts(node) for node in found}
+    owner = {
+        part: node
+        for node in found
+        for part, is_new in zip(buffers.parts(node), new[node], strict=True)
+        if not is_new
+    }
     memory: dict[fx.Node, fx.Node] = {}
     tops = {_top(node, owner) for node in owner}
     for node in found:
@@ -40,6 +45,12 @@ def _top(node: fx.Node, owner: dict[fx.Node, fx.Node]) -> fx.Node:
     while node in owner:
         node = owner[node]
     return node
+
+
+def _new_parts(node: fx.Node) -> list[bool]:
+    """For each part of a buffer, whether it is copied in: all are but for the buffers that lie in this one."""
+    left = buffers.copied(node)
+    return [number in left or part.target is not ops.buffer for number, part in enumerate(buffers.parts(node))]
 
 
 def _decline_copies(rewriter: Rewriter, node: fx.Node, new: list[bool]) -> None:
@@ -87,9 +98,10 @@ def _view(rewriter: Rewriter, node: fx.Node, owner: dict[fx.Node, fx.Node], memo
 
 
 def _start(part: fx.Node, buffer: fx.Node) -> int:
-    """Where in a buffer a part begins."""
-    dim, parts = ir.argument(buffer, "dim"), buffers.parts(buffer)
-    return sum(_length(before, dim) for before in parts[: parts.index(part)])
+    """Where in a buffer a part begins that lies in it; the same value may also be copied in elsewhere."""
+    dim, parts, left = ir.argument(buffer, "dim"), buffers.parts(buffer), buffers.copied(buffer)
+    place = next(number for number, other in enumerate(parts) if other is part and number not in left)
+    return sum(_length(before, dim) for before in parts[:place])
 
 
 def _length(part: fx.Node, dim: int) -> int:
