@@ -234,3 +234,9 @@ def test_declines_two_open_sizes_which_no_reshape_can_leave_out() -> None:
 
     compiled = compiled_by(PASSES, model_of(body), (dyadic(*SHAPE),), "export")
     assert_declined(compiled, BETWEEN, "more than one size is known only at run time")
+
+
+def test_declines_a_sparse_matrix() -> None:
+    model = Network(lambda m, x: torch.mm(x, m.w), w=torch.eye(4, 6).to_sparse()).eval()
+    compiled = fxopt.compile(model, passes=PASSES, strict=True)
+    assert_declined(compiled, PRODUCT, "the weight is a Tensor of layout torch.sparse_coo")
