@@ -35,8 +35,7 @@ def _run(rewriter: Rewriter) -> None:
             made.append(node)
         if node.target is not aten.cat.default:
             continue
-        refusal = _unknown(node) or rewriter.refusal((), node)
-        result = refusal or _allocate(rewriter, node, made, owner)
+        result = _unknown(node) or _allocate(rewriter, node, made, owner)
         if isinstance(result, NoMatch):
             rewriter.decline(node, result.reason, rule="buffer")
             continue
@@ -94,7 +93,7 @@ def _grown(
     found: list[fx.Node] = []
     place = 0
     while place < len(parts):
-        here = [(run, buffer) for run, buffer in runs if parts[place : place + len(run)] == run and buffer not in found]
+        here = [(run, buffer) for run, buffer in runs if parts[place : place + len(run)] == run]
         if here:
             run, buffer = max(here, key=lambda entry: len(entry[0]))
             found.append(buffer)

@@ -171,6 +171,16 @@ def opaque(m: Any, x: torch.Tensor) -> torch.Tensor:
     return cat([y, m.a(x)], 1).sum() + m.lstm(y[:, 0])[0]
 
 
+def along_two_dims(m: Any, x: torch.Tensor) -> torch.Tensor:
+    a, b = relu(x), m.a(x)
+    return cat([a, b], 2).sum() + cat([a, b, x.abs()], 1)
+
+
+def a_run_twice(m: Any, x: torch.Tensor) -> torch.Tensor:
+    a, b = relu(x), m.a(x)
+    return cat([a, b], 1).sum() + cat([a, b, a, b], 1)
+
+
 def in_a_result(m: Any, x: torch.Tensor) -> Any:
     y = cat([relu(x), m.a(x)], 1)
     return y, cat([y, m.b(x)], 1) + 1
@@ -204,6 +214,8 @@ COPIED: list[tuple[str, Body, list[int], str]] = [
     ("a part in memory by which others read", looked_at, [0], "as_strided.* reads relu and reads memory by them"),
     ("a part that an opaque module reads", opaque, [0], "reads select.*|lstm reads relu"),
     ("one value twice", lambda m, x: cat([y := relu(x), y, m.a(x)], 1), [1], "relu is in this concat already"),
+    ("a concat along another dim has it", along_two_dims, [0, 1], "relu is in buffer already"),
+    ("what another concat joins, twice", a_run_twice, [1], "buffer is in this concat already"),
     ("a value in two concats", in_two, [1], "relu is in buffer already"),
 ]  # fmt: skip
 
