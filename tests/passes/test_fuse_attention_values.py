@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import fxopt
 from attention import INF, MIN, PASSES, B, D, H, N, flat, joined, k, kernels, model_of, outcome, q, scores, v, weighted
-from graphs import FRONT_ENDS, TwoInputs, compiled_by, fired, operations, reasons
+from graphs import FRONT_ENDS, Network, TwoInputs, compiled_by, fired, operations, reasons
 from zoo import import_timm, import_torchvision
 
 both = pytest.mark.parametrize("front_end", FRONT_ENDS)
@@ -210,9 +210,9 @@ def test_dtypes(body: Any, dtype: torch.dtype) -> None:
 
 
 def test_a_float32_mask_beside_float64_is_cast() -> None:
-    """The CPU's kernel reads its memory as float64."""
-    model = model_of(lambda m, x: weighted(x, scores(x) + m.bias))
-    x = torch.randn(B, N, 3, H, D, dtype=torch.float64)
+    """The CPU's kernel reads its memory as float64, where there are enough keys for a vector."""
+    model = Network(lambda m, x: weighted(x, scores(x) + m.plane), plane=torch.randn(40, 40)).eval()
+    x = torch.randn(B, 40, 3, H, D, dtype=torch.float64)
     compiled = compiled_by(PASSES, model, (x,), "symbolic")
     assert fired(compiled) == ["masked-attention"]
     torch.testing.assert_close(compiled(x), model(x))
