@@ -198,7 +198,7 @@ def test_a_fused_node_says_what_is_fused_into_it() -> None:
             self.conv = nn.Conv2d(4, 4, 3, padding=1)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.relu(self.conv(x) + x)
+            return torch.relu(self.conv(x) + x.sigmoid())
 
     diff = fxopt.compile(Block().eval(), (torch.randn(2, 4, 6, 6),)).diff()
     fused = next(node for node in diff.after if node.status == "added")
