@@ -351,3 +351,11 @@ def test_bounds_the_wrong_way_round_stay_atens(name: str) -> None:
     x = torch.randn(2, 4, 6, 6)
     fast = fxopt.compile(model, (x,), backend="onednn", verify=False, passes=["fuse-conv-activation"])
     assert torch.equal(fast(x), model(x))
+
+
+def test_bounds_the_wrong_way_round_stay_atens_behind_a_linear_layer() -> None:
+    model = Network(lambda m, x: m.linear(x).clamp(2, -1), linear=nn.Linear(512, 512)).eval()
+    x = torch.randn(4, 512)
+    fast = fxopt.compile(model, (x,), backend="onednn", verify=False, passes=["fuse-linear-activation"])
+    assert torch.equal(fast(x), model(x))
+    assert "mkldnn._linear_pointwise" in operations(next(iter(fast._ready.values())).module)

@@ -160,3 +160,16 @@ def test_a_buffer_that_is_twice_in_another_is_copied_once() -> None:
     fast = fxopt.compile(model, (x,), backend="onednn", passes=["allocate-buffers"], verify=False)
     assert copies(lowered(fast)) == [4, 2, 6]
     torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_the_copy_of_a_buffer_may_stand_in_front_of_it() -> None:
+    def body(m: Any, x: torch.Tensor) -> Any:
+        a = torch.ops.fxopt.buffer([m.first(x), m.second(x)], 1, [])
+        return m.reader(torch.ops.fxopt.buffer([a, a], 1, [0])), m.reader(torch.cat([a, -a], 1))
+
+    model = Network(body, first=nn.Conv2d(3, 4, 1), second=nn.Conv2d(3, 2, 1), reader=nn.Conv2d(12, 4, 1)).eval()
+    x = torch.randn(2, 3, 6, 6)
+    fast = fxopt.compile(model, (x,), backend="onednn", passes=(), verify=False)
+    assert copies(lowered(fast)) == [4, 2, 6]
+    for result, expected in zip(fast(x), model(x), strict=True):
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
