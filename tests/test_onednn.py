@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxopt
-from graphs import FRONT_ENDS, Network, randomised
+from graphs import FRONT_ENDS, Network, operations, randomised
 
 pytestmark = pytest.mark.filterwarnings("ignore::fxopt.FxoptNotice")
 

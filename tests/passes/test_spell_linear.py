@@ -180,6 +180,19 @@ def test_one_matrix_has_one_transpose(front_end: str) -> None:
     assert list(compiled.state_dict()) == ["w_transposed"]
 
 
+@pytest.mark.parametrize("equal", [True, False], ids=["its transpose", "another matrix"])
+@pytest.mark.parametrize("first", [True, False], ids=["read in front", "read behind"])
+def test_a_matrix_of_the_model_has_the_name_of_the_transpose(equal: bool, first: bool) -> None:
+    w = dyadic(4, 6)
+    parts = {"w": w, "w_transposed": w.t().contiguous() if equal else dyadic(6, 4)}
+    bodies: list[Body] = [lambda m, x: x @ m.w, lambda m, x: torch.nn.functional.linear(x, m.w_transposed)]
+    left, right = reversed(bodies) if first else bodies
+    model, x = Network(lambda m, x: left(m, x) - 2 * right(m, x), **parts).eval(), dyadic(*SHAPE)
+    compiled = compiled_by(PASSES, model, (x,), "symbolic")
+    assert fired(compiled) == [PRODUCT]
+    assert torch.equal(compiled(x), model(x))
+
+
 @both
 def test_a_matrix_that_is_transposed_already_is_not_copied(front_end: str) -> None:
     """The output layer of a language model: its weight is its embedding's."""
