@@ -21,8 +21,8 @@ class Guards:
     `sizes[i]` has for each dimension of tensor i a number, or the symbolic expression that it must satisfy; None where
     every shape fits (symbolic capture). `code` are Python expressions over `L['tensors'][i]`; `bounds` the range of
     each symbol; `kinds[i]` the dtype and device of tensor i (None: any). A capture made with gradients off (`grad`) has
-    lost the model's own no_grad regions, so it does not fit where they are on. `autocast` says whether it fits where
-    autocast is on, too.
+    lost the model's own no_grad regions, so it does not fit where they are on. `autocast` is the state of autocast that
+    it was rewritten in, which says of what dtype every value is (None where nothing was rewritten: any).
     """
 
     spec: pytree.TreeSpec
@@ -32,7 +32,7 @@ class Guards:
     code: tuple[str, ...]
     bounds: tuple[tuple[str, int, int | None], ...]
     grad: bool = True
-    autocast: bool = True
+    autocast: tuple[tuple[str, torch.dtype], ...] | None = None
 
     @classmethod
     def of(cls, captured: Captured) -> Guards:
@@ -58,8 +58,8 @@ class Guards:
             return "the arguments have another structure"
         if torch.is_grad_enabled() and not self.grad:
             return "gradients are on, and were off"
-        if not self.autocast and (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
-            return "autocast is on, and constants were computed without it"
+        if self.autocast is not None and self.autocast != ir.autocast():
+            return f"autocast is {_state(ir.autocast())}, and was {_state(self.autocast)}"
         for position, value in self.constants:
             if not _same_constant(inputs.leaves[position], value):
                 return f"{inputs.names[position]} is {inputs.leaves[position]!r}, and was {value!r}"
@@ -135,3 +135,7 @@ def _same_constant(left: object, right: object) -> bool:
 def _evaluate(expression: str, scope: dict[str, Any]) -> Any:
     # The text is torch's own printing of its guards, not the user's.
     return eval(expression, {**SYMPY_INTERP, "math": math, "inf": math.inf}, dict(scope))
+
+
+def _state(autocast: tuple[tuple[str, torch.dtype], ...]) -> str:
+    return " and ".join(f"{dtype} on {kind}" for kind, dtype in autocast) or "off"

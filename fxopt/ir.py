@@ -334,6 +334,11 @@ def fake_mode(module: fx.GraphModule) -> FakeTensorMode | None:
     return cast("FakeTensorMode | None", module.meta.get("fake_mode"))
 
 
+def autocast() -> tuple[tuple[str, torch.dtype], ...]:
+    """The state of autocast: the device types where it is on, each with its dtype."""
+    return tuple((kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind))
+
+
 @contextmanager
 def _inference(mode: FakeTensorMode) -> Iterator[None]:
     quiet: AbstractContextManager[Any] = nullcontext()

@@ -93,7 +93,7 @@ def make_program(
     )
     lost = {result.name for result in run.results if result.status not in KEPT}
     kept = only(options.passes, lambda current: current.name not in lost)
-    guards = replace(Guards.of(captured), autocast=module.meta.get("autocast", True))
+    guards = replace(Guards.of(captured), autocast=ir.autocast() if run.journal.rewrites else None)
     return Program(captured, guards, module, report, kept)
 
 

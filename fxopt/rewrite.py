@@ -126,11 +126,6 @@ class Rewriter:
             "get_attr", path, before=self._point, origin=self._origin, name=path.replace(".", "_")
         )
 
-    def assume_no_autocast(self) -> None:
-        """Says that the graph stands for the model only where autocast is off: calls under it get a capture of their
-        own."""
-        self.module.meta["autocast"] = False
-
     # -- one rewrite -------------------------------------------------------------------------------------------------
 
     def refusal(self, nodes: Iterable[fx.Node], *roots: fx.Node, shared: Iterable[fx.Node] = ()) -> NoMatch | None:

@@ -218,8 +218,7 @@ def _signature(leaves: list[Any], spec: pytree.TreeSpec) -> Any:
         spec,
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
-        torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"),
-        torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda"),
+        ir.autocast(),
         torch.get_num_threads(),
     )
 

@@ -121,13 +121,15 @@ def plain_guard(value: torch.Tensor | None, what: str, node: fx.Node) -> NoMatch
 
 
 def layer_guard(layer: fx.Node) -> NoMatch | None:
-    """A layer's weight and bias are plain, finite, and of the usual shapes."""
+    """A layer's weight and bias are plain, finite, and of the usual shapes, and its result is of the weight's dtype."""
     weight, bias = weight_of(layer), bias_of(layer)
     refusal = plain_guard(weight, "the weight", layer) or plain_guard(bias, "the bias", layer)
     if refusal is not None:
         return refusal
     if weight.numel() == 0:
         return NoMatch("the layer has no channels", layer)
+    if ir.dtype(layer) not in (None, weight.dtype):
+        return NoMatch(f"the layer gives {ir.dtype(layer)} of {weight.dtype} weights: autocast is on", layer)
     if is_linear(layer) and weight.dim() != 2:
         return NoMatch(f"the linear layer's weight has {weight.dim()} dimensions, not 2", layer)
     if bias is not None and tuple(bias.shape) != (output_channels(layer),):

@@ -152,25 +152,12 @@ def _run_once(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     return _unlike(node, found) or found
 
 
-def _inferred(target: Any, args: Any, kwargs: Any, autocast: torch.dtype | None = None) -> Any:
+def _inferred(target: Any, args: Any, kwargs: Any) -> Any:
     """What a call gives, without the numbers."""
     mode = FakeTensorMode()
     args, kwargs = pytree.tree_map_only(torch.Tensor, mode.from_tensor, (args, kwargs))
-    with _plainly(autocast), mode:
+    with _plainly(), mode:
         return target(*args, **kwargs)
-
-
-def _obeys_autocast(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
-    """Whether a node gives another dtype where autocast is on."""
-    if node.target is operator.getitem:
-        return False
-    args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-    kinds = [leaf.dtype for leaf in pytree.tree_leaves(values[node])]
-    for autocast in (torch.bfloat16, torch.float16):
-        under = _inferred(node.target, args, kwargs, autocast)
-        if [leaf.dtype for leaf in pytree.tree_leaves(under)] != kinds:
-            return True
-    return False
 
 
 def _bytes(found: Any) -> int:
@@ -182,12 +169,11 @@ def _is_tensor(found: Any) -> bool:
 
 
 @contextmanager
-def _plainly(autocast: torch.dtype | None = None) -> Iterator[None]:
-    """No gradients, no inference tensors, which autograd could not use later, and no autocast unless to a dtype."""
+def _plainly() -> Iterator[None]:
+    """No gradients, no inference tensors, which autograd could not use later, and no autocast."""
     with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
         for kind in ("cpu", "cuda"):
-            on = autocast is not None and (kind == "cpu" or torch.cuda.is_available())
-            stack.enter_context(torch.autocast(kind, autocast, enabled=on, cache_enabled=False))
+            stack.enter_context(torch.autocast(kind, enabled=False))
         yield
 
 
@@ -237,8 +223,6 @@ def _replace(node: fx.Node, values: dict[fx.Node, Any], places: dict[Any, fx.Nod
     twin = places.get(ir.identity(held))
     inside = _inside(node)
     steps = [step for step in inside if step.op != "get_attr"]
-    if any(_obeys_autocast(step, values) for step in (*steps, node)):
-        rewriter.assume_no_autocast()
     name = next((str(step.target) for step in inside if step.op == "get_attr"), node.name)
 
     def build() -> fx.Node:

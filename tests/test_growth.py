@@ -17,6 +17,7 @@ import fxopt
 
 LAYERS = int(os.environ.get("GROWTH_LAYERS", "400"))
 LIMIT = 12.0
+TRIES = 3  # what shares the caches with this process slows one measurement, but what grows faster exceeds in each
 
 
 class InPlaceChain(nn.Module):
@@ -65,8 +66,12 @@ def test_ten_times_the_layers_take_at_most_twelve_times_the_time(build: type[nn.
     torch.set_num_threads(1)
     try:
         seconds(build(4), export=export)  # what is imported and compiled once per process
-        short = min(seconds(build(layers // 10), export=export) for _ in range(2))
-        long = seconds(build(layers), export=export)
+        tries: list[tuple[float, float]] = []
+        while len(tries) < TRIES and not any(long <= LIMIT * short for short, long in tries):
+            short = min(seconds(build(layers // 10), export=export) for _ in range(2))
+            tries.append((short, seconds(build(layers), export=export)))
     finally:
         torch.set_num_threads(threads)
-    assert long <= LIMIT * short, f"{layers // 10} layers took {short:.2f} s, {layers} layers {long:.2f} s"
+    assert any(long <= LIMIT * short for short, long in tries), "; ".join(
+        f"{layers // 10} layers took {short:.2f} s, {layers} layers {long:.2f} s" for short, long in tries
+    )

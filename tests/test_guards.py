@@ -172,6 +172,39 @@ def test_autocast_gives_its_dtype_and_eagers_answer_within_its_rounding(front_en
     assert_same(model, compiled, given)
 
 
+#: What a rewrite may take for one dtype is several under autocast.
+NARROWED = {
+    "a constant behind a convolution": lambda m, x: m.conv(x) * m.constant,
+    "a sum of a convolution and its input": lambda m, x: m.conv(x) + x,
+    "casts that cancel": lambda m, x: (m.conv(x).float() + 1, m.conv(x).double().float() + 1),
+    "a concat that a convolution reads": lambda m, x: m.wide(torch.cat([m.conv(x), m.other(x)], 1)),
+    "a product of constants": lambda m, x: x @ (m.square @ m.square),
+}
+
+
+@pytest.mark.parametrize("front_end", ["symbolic", "export"])
+@pytest.mark.parametrize("first", [False, True], ids=["off first", "on first"])
+@pytest.mark.parametrize("name", NARROWED)
+def test_what_was_rewritten_for_one_autocast_state_does_not_serve_another(
+    front_end: str, first: bool, name: str
+) -> None:
+    model = Network(
+        NARROWED[name], conv=nn.Conv2d(16, 16, 1), other=nn.Conv2d(16, 16, 1), wide=nn.Conv2d(32, 4, 1),
+        constant=torch.rand(16, 1, 1), square=torch.rand(8, 8),
+    ).eval()  # fmt: skip
+    x = torch.randn(2, 16, 8, 8)
+    example = (x,) if front_end == "export" else None
+    compiled = fxopt.compile(model, example, verify=False, strict=True)
+    for on in (first, not first, first, not first):
+        with torch.autocast("cpu", torch.bfloat16, enabled=on), torch.no_grad():
+            expected, result = model(x), compiled(x)
+        pairs = zip(expected, result, strict=True) if isinstance(expected, tuple) else [(expected, result)]
+        for wanted, found in pairs:
+            assert found.dtype == wanted.dtype
+            torch.testing.assert_close(found, wanted, rtol=2e-2 if on else 1e-5, atol=2e-2 if on else 1e-5)
+    assert len(compiled._session.programs) <= 2
+
+
 @pytest.mark.parametrize("front_end", ["symbolic", "export"])
 @pytest.mark.parametrize("compiled_in_grad_mode", [True, False], ids=["compiled with grad", "compiled without grad"])
 def test_a_branch_on_the_grad_mode_is_taken_for_each_mode(front_end: str, compiled_in_grad_mode: bool) -> None:

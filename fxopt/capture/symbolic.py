@@ -69,10 +69,6 @@ class _NoHiddenEffects(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _autocast() -> tuple[Any, ...]:
-    return tuple(torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda"))
-
-
 def _gives_number(node: fx.Node) -> bool:
     if effects._is_number(node):
         return True
@@ -98,7 +94,7 @@ class _Tracer(fx.Tracer):
         self._attribute_names: dict[int, str] = {}
         self._attribute_proxies: dict[str, fx.Proxy] = {}
         self._modules: list[str] = [""]
-        self._autocast = _autocast()
+        self._autocast = ir.autocast()
         self._thread = threading.get_ident()
 
     def trace_model(self, root: FlatModel, names: tuple[str, ...]) -> fx.Graph:
@@ -179,7 +175,7 @@ class _Tracer(fx.Tracer):
         """Records a call under its one spelling."""
         if not torch.is_grad_enabled():
             raise fx.proxy.TraceError("the model switches gradients off for a part of itself")
-        if _autocast() != self._autocast:
+        if ir.autocast() != self._autocast:
             raise fx.proxy.TraceError("the model switches autocast for a part of itself")
         if kind in ("call_function", "call_method"):
             if target is operator.getitem or target == "__getitem__":

@@ -27,11 +27,8 @@ class Setting:
     @classmethod
     def now(cls, tensors: Sequence[torch.Tensor]) -> Setting:
         """The state as it is, for a call on these tensors."""
-        active = tuple(
-            (kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)
-        )
         needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        return cls(needs_grad, active, torch.get_num_threads())
+        return cls(needs_grad, ir.autocast(), torch.get_num_threads())
 
 
 @dataclass(frozen=True)

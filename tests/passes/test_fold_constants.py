@@ -328,15 +328,6 @@ def test_what_autocast_changes_is_computed_for_each_state(front_end: str, order:
     assert "matmul" not in operations(compiled.fused_graph) or (front_end == "symbolic" and order[0])
 
 
-@both
-def test_what_autocast_leaves_alone_is_one_program(front_end: str) -> None:
-    model, x = model_of(lambda m, x: x @ (m.square * 2)), torch.randn(SHAPE)
-    compiled = compiled_by(PASSES, model, (x,), front_end)
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        assert bits(compiled(x).float()) == bits(model(x).float())
-    assert len(compiled._session.programs) == 1
-
-
 def test_a_fold_under_inference_mode_serves_gradients_later() -> None:
     model, x = model_of(lambda m, x: x * (m.square * 2)), torch.randn(SHAPE)
     compiled = fxopt.compile(model, passes=PASSES, backend="aten", verify=False)
