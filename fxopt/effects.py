@@ -167,6 +167,15 @@ def _of_operator(node: fx.Node, target: OpOverload) -> Effects:
     return Effects(tuple(dict.fromkeys(writes)), tuple(dict.fromkeys(viewed)), random, raises)
 
 
+def changes_shape(target: Any) -> bool:
+    """Whether an operator changes the sizes or strides of a tensor in place (`unsqueeze_`), for all who hold it."""
+    return (
+        isinstance(target, OpOverload)
+        and torch.Tag.inplace_view in target.tags
+        and target is not aten.detach_.default  # which only cuts it off from autograd
+    )
+
+
 def _is_composite(target: OpOverload) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd")
 

@@ -16,7 +16,7 @@ from torch._ops import OpOverload
 
 from fxopt import effects, expand, ir
 from fxopt.edit import Editor
-from fxopt.errors import InputError
+from fxopt.errors import CaptureError, InputError
 
 aten = torch.ops.aten
 
@@ -26,6 +26,8 @@ def normalize(module: fx.GraphModule) -> None:
     editor = Editor(module)
     for node in module.graph.nodes:
         _respell(node)
+    for node in list(module.graph.nodes):
+        _view_in_place(node)
     _unify_tensors(editor)
     _infer_strides(module)
     propagate_sizes(module)
@@ -96,6 +98,30 @@ def _infer_strides(module: fx.GraphModule) -> None:
         if isinstance(after, torch.Tensor) and not ir.same_sizes(before.stride(), after.stride()):
             node.meta["val"] = after
             changed.add(node)
+
+
+def _view_in_place(node: fx.Node) -> None:
+    """`unsqueeze_` on a value of the graph that is read under its new name only is `unsqueeze`.
+
+    Otherwise one node would have one shape for who reads it before, and another for who reads it behind.
+    """
+    if not effects.changes_shape(node.target):
+        return
+    pure = aten.transpose.int if node.target is aten.transpose_.default else twin(node.target)
+    value = node.args[0]
+    views = pure is not None and pure._schema.arguments[0].alias_info is not None
+    while views and isinstance(value, fx.Node) and value.op == "call_function":
+        if any(node < user for user in value.users):
+            break
+        if not effects.of(value).writes:  # else it is what it wrote to
+            node.target = pure
+            return
+        value = value.args[0]
+    raise CaptureError(
+        f"the shape of a tensor is changed in place ({node.target}) that the model was given, holds or reads elsewhere",
+        node=node,
+        hint="use the operation that gives a view: x = x.unsqueeze(0)",
+    )
 
 
 # -- in-place operations ---------------------------------------------------------------------------------------------

@@ -183,6 +183,47 @@ def test_writes_that_somebody_can_tell_stay(front_end: str, body: Callable[..., 
     assert any(name.split(".")[0].endswith("_") or "wrap_with" in name for name in calls(module)), calls(module)
 
 
+#: Changes of a shape in place, with what reads the tensor before and behind.
+RESHAPED = {
+    "unsqueeze_": lambda m, x: (x * 2).unsqueeze_(0) + 1,
+    "read before": lambda m, x: [y := x * 2, y + 1, y.unsqueeze_(0), y + 1][1:],
+    "of what was written": lambda m, x: [y := x * 2, y.relu_().transpose_(1, 2), y + 1][1:],
+    "twice": lambda m, x: (x * 2).unsqueeze_(0).squeeze_(1).transpose_(0, 1) + 1,
+    "of what may be the same tensor": lambda m, x: [y := x * 2, z := y.contiguous(), y.unsqueeze_(0), z + 1][1:],
+    "of a part": lambda m, x: [part := x.split(2, 1)[0], part.squeeze_(0), part + 1, x][2:],
+    "read through a view": lambda m, x: [y := x * 2, z := y[0], y.unsqueeze_(0), z + 1, y + 1][1:],
+}
+
+
+@front_ends
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("name", RESHAPED)
+def test_a_shape_changed_in_place_is_one_shape_for_each_reader(front_end: str, batch: int, name: str) -> None:
+    model, given = Network(RESHAPED[name]).eval(), torch.randn(batch, 4, 6, 6)
+    wanted = model(given.clone())
+    compiled = fxopt.compile(model, (given,) if front_end == "export" else None, verify=False, strict=True)
+    found = compiled(given)
+    assert not any("e_." in call for call in calls(compiled.fused_graph))
+    for left, right in zip(*(r if isinstance(r, list) else [r] for r in (wanted, found)), strict=True):
+        assert left.shape == right.shape
+        assert torch.equal(left, right)
+
+
+@front_ends
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(lambda m, x: x.unsqueeze_(0), id="of the caller's tensor"),
+        pytest.param(lambda m, x: x + m.total.unsqueeze_(0), id="of the model's tensor"),
+        pytest.param(lambda m, x: (x * 2).resize_(3), id="of memory that a view does not show"),
+    ],
+)
+def test_a_shape_changed_in_place_that_others_see_is_refused(front_end: str, body: Callable[..., Any]) -> None:
+    model = Network(body, total=torch.zeros(1)).eval()
+    with pytest.raises(fxopt.CaptureError, match="in place|cannot capture"):
+        traced(model, front_end)
+
+
 @front_ends
 def test_normalising_again_changes_nothing(front_end: str) -> None:
     model = randomised(

@@ -192,6 +192,9 @@ class _Tracer(fx.Tracer):
                 target, args, kwargs = spelled
             if isinstance(target, OpOverload):
                 args, kwargs = ir.canonical_arguments(target, tuple(args), dict(kwargs))
+                if effects.changes_shape(target):
+                    # What came before shares the tensor or not (`contiguous`), which only a run can tell.
+                    raise fx.proxy.TraceError(f"the shape of a tensor is changed in place ({target})")
         if name is None and isinstance(target, OpOverload):
             name = target._opname
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
