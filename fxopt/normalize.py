@@ -109,8 +109,9 @@ def _view_in_place(node: fx.Node) -> None:
         return
     pure = aten.transpose.int if node.target is aten.transpose_.default else twin(node.target)
     value = node.args[0]
-    views = pure is not None and pure._schema.arguments[0].alias_info is not None
-    while views and isinstance(value, fx.Node) and value.op == "call_function":
+    if pure is not None and pure._schema.arguments[0].alias_info is None:
+        pure = None  # it does not give a view
+    while pure is not None and isinstance(value, fx.Node) and value.op == "call_function":
         if any(node < user for user in value.users):
             break
         if not effects.of(value).writes:  # else it is what it wrote to
