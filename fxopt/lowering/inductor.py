@@ -12,14 +12,17 @@ Compiling takes seconds to minutes per signature, and every new batch size is on
 (`torch._inductor.config`) hold.
 
 Numerics: reassociates. Fused half-precision operators round once, where ATen rounds after each; exponentials and the
-like may differ from ATen's in the last digits. NaN: a relu, relu6, hardtanh or hardsigmoid fused into a layer turns it
-into a number, as in the onednn backend; elsewhere it stays.
+like may differ from ATen's in the last digits. NaN: a relu, relu6, hardtanh or hardsigmoid fused into a layer may turn
+it into a number, as in the onednn backend; elsewhere it stays.
 """
 
 from __future__ import annotations
 
+import copy
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from operator import getitem
 from typing import Any
 
@@ -42,6 +45,7 @@ _DTYPES = frozenset(
 _LAYERS = frozenset({aten.linear.default, *ops.STRING_PADDED_TARGETS, *ops.CONVOLUTION_TARGETS}) - {
     *ops.TRANSPOSED_TARGETS
 }
+_PACKED = (torch.float32, torch.bfloat16, torch.float16)  # oneDNN refuses to pack float64
 #: TorchInductor keeps what it compiles in globals: one graph at a time.
 _COMPILING = threading.RLock()
 
@@ -118,7 +122,10 @@ def _tensors(node: fx.Node) -> Iterator[torch.Tensor]:
 
 def _build(module: fx.GraphModule, packed: dict[Any, Any]) -> Runner:
     ops.decompose_all(module)
-    run = executor.build(_hand_over(module))
+    for node in module.graph.nodes:
+        if node.op == "call_function":
+            ir.update_value(node)  # a view's value lies in the memory of what it now views
+    run = executor.build(_hand_over(module, packed))
 
     def call(*tensors: torch.Tensor) -> tuple[Any, ...]:
         with torch.no_grad():
@@ -127,7 +134,7 @@ def _build(module: fx.GraphModule, packed: dict[Any, Any]) -> Runner:
     return call
 
 
-def _hand_over(module: fx.GraphModule) -> fx.GraphModule:
+def _hand_over(module: fx.GraphModule, packed: dict[Any, Any]) -> fx.GraphModule:
     """The graph as it is called: what TorchInductor compiled, then the views that are handed out."""
     behind = _views_behind(module.graph)
     output = module.graph.output_node()
@@ -142,9 +149,8 @@ def _hand_over(module: fx.GraphModule) -> fx.GraphModule:
         if node.op == "get_attr" and node in made:
             ir.set_attribute(outer, str(node.target), ir.get_attribute(module, str(node.target)))
     if results:
-        compiled = _compile(inner, [ir.fake(node) for node in arguments])
-        compiled = _settled(compiled, [tuple(value.stride()) for node in results for value in _tensors(node)])
-        call = graph.call_function(compiled, tuple(made[node] for node in arguments))
+        compiled = _compiled(inner, arguments, results, packed)
+        call = graph.create_node("call_function", compiled, tuple(made[node] for node in arguments), name="inductor")
         made |= {node: graph.call_function(getitem, (call, number)) for number, node in enumerate(results)}
     for node in (*behind, output):
         made[node] = graph.node_copy(node, made.__getitem__)
@@ -198,54 +204,77 @@ def _is_layer(constant: fx.Node) -> Callable[[fx.Node], bool]:
     """Whether a reader is a layer that has the constant as its weight or bias."""
 
     def layer(reader: fx.Node) -> bool:
-        return reader.target in _LAYERS and constant in (reader.args[1:3]) and constant is not reader.args[0]
+        return reader.target in _LAYERS and constant in reader.args[1:3] and ir.dtype(constant) in _PACKED
 
     return layer
+
+
+@dataclass(eq=False)
+class _Compiled:
+    """What TorchInductor made of `inner`, with results in fresh memory and in `strides`, as ATen gives them.
+
+    Those that are not are copied: TorchInductor leaves out copies that seem to do nothing (a clone), and chooses
+    layouts. Which results are concerned is the same in each call, and found in the first.
+    """
+
+    run: Callable[..., Any]
+    inner: fx.GraphModule
+    strides: tuple[tuple[int, ...], ...]
+    copied: list[int] | None = None
+
+    def __call__(self, *arguments: torch.Tensor) -> list[torch.Tensor]:
+        """The results, from the values of the graph's placeholders."""
+        results = list(self.run(*arguments))
+        if self.copied is None:
+            self.copied = self._concerned(arguments, results)
+        for number in self.copied:
+            result = results[number]
+            fresh = torch.empty_strided(result.shape, self.strides[number], dtype=result.dtype, device=result.device)
+            results[number] = fresh.copy_(result)
+        return results
+
+    def _concerned(self, arguments: Sequence[torch.Tensor], results: Sequence[torch.Tensor]) -> list[int]:
+        """The results that share memory with an argument or with a result before them, or have other strides."""
+        places = {argument.untyped_storage().data_ptr() for argument in arguments}
+        found = []
+        for number, (result, wanted) in enumerate(zip(results, self.strides, strict=True)):
+            place = result.untyped_storage().data_ptr()
+            strides = zip(result.stride(), wanted, result.shape, strict=True)
+            if place in places or any(have != want and size != 1 for have, want, size in strides):
+                found.append(number)
+            places.add(place)
+        return found
+
+
+def _compiled(
+    inner: fx.GraphModule, arguments: Sequence[fx.Node], results: Sequence[fx.Node], packed: dict[Any, Any]
+) -> _Compiled:
+    """`inner` compiled, or what a living specialisation has of it: signatures may differ in what does not matter here.
+
+    Whether gradients are on is part of a signature, for one.
+    """
+    examples = [value for node in arguments if (value := ir.fake(node)) is not None]
+    given = tuple((tuple(value.shape), value.stride(), value.dtype, value.device) for value in examples)
+    constants = tuple(ir.identity(value) for value in ir.tensors(inner).values())
+    key = ("inductor", inner.code, given, constants, torch.get_num_threads())
+    reference: weakref.ref[_Compiled] | None = packed.get(key)
+    held = None if reference is None else reference()
+    if held is None:
+        strides = tuple(tuple(value.stride()) for node in results for value in _tensors(node))
+        held = _Compiled(_compile(inner, examples), inner, strides)
+        packed[key] = weakref.ref(held)
+    return held
 
 
 def _compile(inner: fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
     import torch._inductor
 
+    # A copy: TorchInductor may change the graph that it is given.
     with _COMPILING, torch.inference_mode(False), torch.no_grad():
-        compiled: Callable[..., Any] = torch._inductor.compile(inner, examples, options={"freezing": True})
+        compiled: Callable[..., Any] = torch._inductor.compile(
+            fx.GraphModule(inner, copy.deepcopy(inner.graph)), examples, options={"freezing": True}
+        )
     return compiled
-
-
-def _settled(run: Callable[..., Any], strides: Sequence[tuple[int, ...]]) -> Callable[..., Any]:
-    """`run` with results in fresh memory and in these strides, as ATen gives them: those that are not are copied.
-
-    TorchInductor leaves out copies that seem to do nothing (a clone), and chooses layouts. Which results are concerned
-    is the same in each call, and found in the first.
-    """
-    copied: list[int] | None = None
-
-    def call(*arguments: torch.Tensor) -> list[torch.Tensor]:
-        nonlocal copied
-        results = list(run(*arguments))
-        if copied is None:
-            copied = _concerned(arguments, results, strides)
-        for number in copied:
-            result = results[number]
-            fresh = torch.empty_strided(result.shape, strides[number], dtype=result.dtype, device=result.device)
-            results[number] = fresh.copy_(result)
-        return results
-
-    return call
-
-
-def _concerned(
-    arguments: Sequence[torch.Tensor], results: Sequence[torch.Tensor], strides: Sequence[tuple[int, ...]]
-) -> list[int]:
-    """The results that share memory with an argument or with a result before them, or have other strides."""
-    places = {argument.untyped_storage().data_ptr() for argument in arguments}
-    found = []
-    for number, (result, wanted) in enumerate(zip(results, strides, strict=True)):
-        place = result.untyped_storage().data_ptr()
-        moved = any(a != b for a, b, size in zip(result.stride(), wanted, result.shape, strict=True) if size != 1)
-        if place in places or moved:
-            found.append(number)
-        places.add(place)
-    return found
 
 
 BACKEND = Backend("inductor", numerics="reassociate", declines=_declines, build=_build)
