@@ -12,8 +12,8 @@ Compiling takes seconds to minutes per signature, and every new batch size is on
 (`torch._inductor.config`) hold.
 
 Numerics: reassociates. Fused half-precision operators round once, where ATen rounds after each; exponentials and the
-like may differ from ATen's in the last digits. NaN: a relu, relu6, hardtanh or hardsigmoid fused into a layer may turn
-it into a number, as in the onednn backend; elsewhere it stays.
+like may differ from ATen's in the last digits. NaN: a relu, clamp, relu6, hardtanh or hardsigmoid fused into a layer
+may turn it into a number, as in the onednn backend; elsewhere it stays.
 """
 
 from __future__ import annotations
