@@ -48,6 +48,7 @@ LAYERS = (
     "report",
     "lowering.aten",
     "lowering.inductor",
+    "lowering.in_place",
     "lowering.onednn_operators",
     "lowering.onednn_strides",
     "lowering.onednn_products",
