@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import fx
@@ -40,7 +41,8 @@ class Program:
 
     `captured.module` is never changed after capture; `module` is the rewritten graph, valid for every input that
     `guards` admit, and `passes` are those that it owes itself to. A symbolic capture has no values yet: it is rewritten
-    again, for concrete shapes, per signature. `refused` names the backends that once gave another answer for it.
+    again, for concrete shapes, per signature. `refused` names the backends that once gave another answer for it;
+    `lowered` has its living specialisations by what lowering looks at.
     """
 
     captured: Captured
@@ -50,6 +52,7 @@ class Program:
     passes: tuple[Step, ...]
     proven: set[Any] = field(default_factory=set)
     refused: set[str] = field(default_factory=set)
+    lowered: WeakValueDictionary[Any, Specialisation] = field(default_factory=WeakValueDictionary)
 
     @property
     def symbolic(self) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -54,7 +54,10 @@ class CompiledModule(torch.nn.Module):
 
         Raises InputError where the model does not take them, StaleWeightsError where a shared weight was written.
         """
-        leaves, spec = pytree.tree_flatten((args, kwargs))
+        leaves: Sequence[Any] = args
+        spec: Any = None
+        if kwargs or not all(type(argument) is torch.Tensor for argument in args):  # else there is nothing to flatten
+            leaves, spec = pytree.tree_flatten((args, kwargs))
         try:
             key = _signature(leaves, spec)
             ready = self._ready.get(key)
@@ -211,7 +214,8 @@ def _restore(state: dict[str, Any]) -> CompiledModule:
     return CompiledModule(session.Session.from_state(state))
 
 
-def _signature(leaves: list[Any], spec: pytree.TreeSpec) -> Any:
+def _signature(leaves: Sequence[Any], spec: pytree.TreeSpec | None) -> Any:
+    """What a call is, to be looked up; `spec` is None where its arguments are tensors by position."""
     parts = [_tensor_key(leaf) if isinstance(leaf, torch.Tensor) else _constant_key(leaf) for leaf in leaves]
     return (
         tuple(parts),

@@ -473,3 +473,18 @@ def test_the_graphs_are_modules_that_run(front_end: str) -> None:
         assert_close(graph(given), model(given))
     assert "fxopt" in str(compiled.fused_graph.graph)
     assert "fxopt" not in str(compiled.graph_module.graph)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_call_with_gradients_on_runs_what_was_lowered_without(verify: bool) -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), torch.randn(2, 3, 8, 8)
+    compiled = fxopt.compile(model, (x,), verify=verify)
+    for enter in (torch.no_grad, torch.enable_grad, torch.inference_mode):
+        with enter():
+            torch.testing.assert_close(compiled(x), model(x), rtol=2e-5, atol=2e-5)
+    compiled(x.to(memory_format=torch.channels_last))
+    assert len({id(made.run) for made in compiled._ready.values()}) == 2
+    wants = x.clone().requires_grad_()
+    compiled(wants).sum().backward()
+    assert wants.grad is not None
+    assert len({id(made.run) for made in compiled._ready.values()}) == 3
