@@ -74,6 +74,9 @@ LAYERS = (
     "models",  # what the command line names
     "doctor",
     "terminal",
+    "cli.options",
+    "cli.making",  # compiling what a command line names
+    "cli.commands",
     "cli",
     "__main__",
 )
