@@ -1,6 +1,7 @@
 """fxopt: a graph-rewriting compiler on torch.fx that shows, proves and explains what it does."""
 
 from fxopt import cost, effects, ir, ops
+from fxopt.bench import benchmark
 from fxopt.compiler import FxoptNotice, compile, trace
 from fxopt.errors import (
     CaptureError,
@@ -48,6 +49,7 @@ __all__ = [
     "Verification",
     "VerificationError",
     "any_of",
+    "benchmark",
     "call",
     "compile",
     "const",

@@ -1,4 +1,4 @@
-"""The command `fxopt`: compile, diff, explain, verify, passes, doctor.
+"""The command `fxopt`: compile, diff, explain, verify, passes, doctor, bench.
 
 Results go to standard output, notes and progress to standard error; with --json only JSON goes to standard output,
 errors too. Exit codes are in `fxopt.terminal`.
@@ -10,8 +10,11 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from fxopt.cli.bench import bench_command
 from fxopt.cli.commands import cli
 from fxopt.terminal import Exit, report_error
+
+cli.add_command(bench_command)
 
 
 def run(arguments: Sequence[str]) -> int:
