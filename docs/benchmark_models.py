@@ -14,9 +14,8 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from zoo import import_torchvision, import_transformers
-
 from fxopt.models import randomize_fresh_norms
+from zoo import import_torchvision, import_transformers
 
 Example = tuple[torch.nn.Module, tuple[torch.Tensor, ...], dict[str, torch.Tensor]]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fxopt.bench.result import EAGER, FXOPT, Benchmark, Timing
-from fxopt.bench.table import HEADINGS, cells
+from fxopt.bench.table import HEADINGS, cells, milliseconds, remarks
 from fxopt.errors import RenderError, UsageError
 
 SUFFIXES = ("svg", "png", "html")
@@ -90,7 +90,7 @@ def _bar(benchmark: Benchmark, timing: Timing, top: int, scale: float) -> Bar:
     if ratio is None:
         return Bar(timing.runtime, "none", top, 0, timing.status)
     kind = "wrong" if timing.status == "wrong" else "ours" if timing.runtime.startswith(FXOPT) else "peer"
-    time = f"{1000 * timing.median:.3g} ms"
+    time = f"{milliseconds(timing)} ms"
     text = time if timing.runtime == EAGER else f"{ratio.median:.2f}×  {time}"
     return Bar(timing.runtime, kind, top, ratio.median * scale, text + (" WRONG" if kind == "wrong" else ""))
 
@@ -121,7 +121,7 @@ def to_html(benchmarks: Sequence[Benchmark]) -> str:
     """The chart and all figures as tables, as one page that needs nothing else."""
     from markupsafe import Markup
 
-    tables = [(one.title, [cells(one, timing) for timing in one.timings]) for one in benchmarks]
+    tables = [(one.title, [cells(one, timing) for timing in one.timings], remarks(one)) for one in benchmarks]
     picture = Markup(to_svg(benchmarks))  # the template has escaped every name in it
     machines = list(dict.fromkeys(", ".join(one.machine.values()) for one in benchmarks))
     return _template("chart.html", picture=picture, headings=HEADINGS, tables=tables, machines=machines)

@@ -77,7 +77,8 @@ def benchmark(
                 raise UsageError("a function that builds the model gives its arguments, too", hint="leave out args")
             build = model
             called = name or str(getattr(model, "__name__", type(model).__name__))
-        with contextlib.closing(_Race(build, chosen, settings, Path(folder), progress)) as race:
+        payloads = {each: _pickled(build, prepare, each) for each, prepare in chosen.items()}
+        with contextlib.closing(_Race(payloads, settings, Path(folder), progress)) as race:
             return race.run(called)
 
 
@@ -131,6 +132,19 @@ def _saved(model: torch.nn.Module, args: Any, kwargs: Mapping[str, Any] | None, 
     return _Saved(str(path))
 
 
+def _pickled(build: Build, prepare: Prepare, name: str) -> bytes:
+    """What a process is sent."""
+    for what, value in (("what builds the model", build), (f"the runtime {name}", prepare)):
+        try:
+            pickle.dumps(value)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise UsageError(
+                f"{what} cannot be sent to another process: {error}",
+                hint="make it a module-level function, or an object of a module-level class",
+            ) from error
+    return pickle.dumps((build, prepare))
+
+
 # -- the measurement -------------------------------------------------------------------------------------------------
 
 
@@ -139,33 +153,25 @@ class _Race:
 
     def __init__(
         self,
-        build: Build,
-        chosen: Mapping[str, Prepare],
+        payloads: Mapping[str, bytes],
         settings: Settings,
         folder: Path,
         progress: Progress | None,
     ) -> None:
         self.settings = settings
         self.told: Progress = progress or (lambda stage, done, total: None)
-        self.steps = len(chosen) * (1 + settings.rounds) + 1
+        self.steps = len(payloads) * (1 + settings.rounds) + 1
         self.done = 0
         self.workers: dict[str, Worker] = {}
         self.ready: dict[str, Ready] = {}
         self.seconds: dict[str, list[float]] = {}
-        self.timings = {name: Timing(name, "failed") for name in chosen}
+        self.timings = {name: Timing(name, "failed") for name in payloads}
         try:
             # All start at once, as they only import; they build one after another.
-            for index, (name, prepare) in enumerate(chosen.items()):
+            for index, (name, payload) in enumerate(payloads.items()):
                 own = folder / str(index)
                 own.mkdir()
-                try:
-                    self.workers[name] = Worker(build, prepare, own, settings.threads, settings.seed)
-                except (pickle.PicklingError, AttributeError, TypeError) as error:
-                    what = name if _pickles(build) else "what builds the model"
-                    raise UsageError(
-                        f"{what} cannot be sent to another process: {error}",
-                        hint="make it a module-level function, or an object of a module-level class",
-                    ) from error
+                self.workers[name] = Worker(payload, own, settings.threads, settings.seed)
         except BaseException:
             self.close()
             raise
@@ -241,20 +247,14 @@ class _Race:
         self.done += steps
 
 
-def _pickles(build: Build) -> bool:
-    try:
-        pickle.dumps(build)
-    except (pickle.PicklingError, AttributeError, TypeError):
-        return False
-    return True
-
-
 def _failure(name: str, problem: Problem, ready: Ready | None) -> Timing:
     text = problem.text + (f" ({problem.hint})" if problem.hint else "")
     if problem.missing and problem.step == "build":
         package = problem.missing.partition(".")[0]
         return Timing(name, "not installed", f"pip install {package}")
-    doing = {"model": "building the model: ", "build": "building: ", "run": "running: "}[problem.step]
+    doing = {"start": "starting: ", "model": "building the model: ", "build": "building: ", "run": "running: "}[
+        problem.step
+    ]
     return Timing(name, "failed", doing + text, version=ready.version if ready is not None else "")
 
 
@@ -263,7 +263,7 @@ def _no_reference(problem: Problem) -> FxoptError:
         return UsageError(f"the model could not be built: {problem.text}", hint=problem.hint or None)
     hint = problem.hint or (
         'if this is a script, call benchmark under `if __name__ == "__main__":`: the processes import the script'
-        if "no answer" in problem.text
+        if problem.step == "start"
         else None
     )
     return FxoptError(

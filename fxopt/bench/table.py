@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from fxopt.bench.result import EAGER, FXOPT, Benchmark, Mean, Ratio, Timing, means
 
 if TYPE_CHECKING:
+    from rich.console import Group
     from rich.table import Table
 
 HEADINGS = (
@@ -20,16 +21,15 @@ MEAN_HEADINGS = ("runtime", "models", "times eager", "fxopt's times it")
 def cells(benchmark: Benchmark, timing: Timing) -> tuple[str, ...]:
     """One line of the table, as `HEADINGS` names its cells. What did not run has its status in the second."""
     if not timing.ran:
-        blank = ("",) * (len(HEADINGS) - 2)
-        return (timing.runtime, f"{timing.status}: {timing.detail}", *blank)
+        return (timing.runtime, timing.status, *("",) * (len(HEADINGS) - 2))
     ours = "" if timing.runtime == FXOPT else _ratio(benchmark.speedup(FXOPT, timing.runtime))
     error = "" if timing.runtime == EAGER else f"{timing.error:.0e}"
     if timing.status == "wrong":
-        error = f"WRONG: {timing.detail}"
+        error = f"WRONG {error}"
     memory = timing.memory
     return (
         timing.runtime,
-        f"{1000 * timing.median:.1f}" if timing.median >= 0.01 else f"{1000 * timing.median:.3f}",
+        milliseconds(timing),
         f"{timing.spread:.0%}",
         "1" if timing.runtime == EAGER else _ratio(benchmark.speedup(timing.runtime)),
         ours,
@@ -38,6 +38,12 @@ def cells(benchmark: Benchmark, timing: Timing) -> tuple[str, ...]:
         _megabytes(memory.held if memory else None),
         error,
     )
+
+
+def milliseconds(timing: Timing) -> str:
+    """The median of a runtime that ran, to three digits or more."""
+    value = 1000 * timing.median
+    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3}f}"
 
 
 def _ratio(ratio: Ratio | None) -> str:
@@ -53,6 +59,11 @@ def _build(timing: Timing) -> str:
 
 def _megabytes(number: int | None) -> str:
     return "?" if number is None else f"{number / 1e6:.0f}"
+
+
+def remarks(benchmark: Benchmark) -> list[str]:
+    """What is to be said below the table: why a runtime has no times, or what is wrong with its answer."""
+    return [f"{one.runtime}: {one.status}: {one.detail}" for one in benchmark.timings if one.status != "ok"]
 
 
 def mean_cells(mean: Mean) -> tuple[str, ...]:
@@ -79,8 +90,9 @@ def _groups(benchmarks: Sequence[Benchmark]) -> Iterable[tuple[str, list[Mean]]]
 # -- terminal --------------------------------------------------------------------------------------------------------
 
 
-def rich_table(benchmark: Benchmark) -> Table:
-    """The benchmark for a terminal."""
+def rich_table(benchmark: Benchmark) -> Group:
+    """The benchmark for a terminal: the table, and remarks below it."""
+    from rich.console import Group
     from rich.text import Text
 
     table = _rich(benchmark.title, HEADINGS)
@@ -88,7 +100,7 @@ def rich_table(benchmark: Benchmark) -> Table:
     for timing in benchmark.timings:
         style = "bold" if timing.runtime == FXOPT and timing.status == "ok" else styles[timing.status]
         table.add_row(*(Text(cell, style) for cell in cells(benchmark, timing)))
-    return table
+    return Group(table, *map(Text, remarks(benchmark)))
 
 
 def rich_means(benchmarks: Sequence[Benchmark]) -> list[Table]:
@@ -131,6 +143,8 @@ def markdown(benchmarks: Sequence[Benchmark], level: int = 3) -> str:
     for benchmark in benchmarks:
         lines = [cells(benchmark, timing) for timing in benchmark.timings]
         parts.append(f"{mark} {benchmark.title}\n\n{_rows(HEADINGS, lines)}")
+        if said := remarks(benchmark):
+            parts.append("\n".join(f"- {_escape(text)}" for text in said))
     for title, group in _groups(benchmarks):
         parts.append(f"{mark} {title}\n\n{_rows(MEAN_HEADINGS, map(mean_cells, group))}")
     return "\n\n".join(parts)
@@ -147,11 +161,11 @@ def overview(benchmarks: Sequence[Benchmark], value: Callable[[Benchmark, Timing
     return _rows(("model", *names), lines)
 
 
-def milliseconds(benchmark: Benchmark, timing: Timing) -> str:
+def median_cell(benchmark: Benchmark, timing: Timing) -> str:
     """A cell of the overview: the median in milliseconds, or what is wrong."""
     if not timing.ran:
         return timing.status
-    return f"{1000 * timing.median:.1f}" + (" (wrong)" if timing.status == "wrong" else "")
+    return milliseconds(timing) + (" (wrong)" if timing.status == "wrong" else "")
 
 
 def _rows(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

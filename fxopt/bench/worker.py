@@ -23,13 +23,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils import _pytree as pytree
 
 from fxopt.bench import system
-from fxopt.bench.runtimes import Built, Prepare
+from fxopt.bench.runtimes import Built
 from fxopt.errors import FxoptError
 
 #: A model, its positional arguments, and its named ones if it has any.
@@ -37,6 +37,8 @@ Example = tuple[torch.nn.Module, tuple[Any, ...]] | tuple[torch.nn.Module, tuple
 #: Makes the model and its arguments; a module-level function or what else pickles, because each process calls it.
 Build = Callable[[], Example]
 
+#: What a process was doing: it starts, has the model built, makes the runtime of it, runs that.
+Step = Literal["start", "model", "build", "run"]
 #: Calls between the first and the first turn, after which memory is looked at.
 WARM_CALLS = 2
 #: Seconds that a process is given to end by itself.
@@ -66,9 +68,9 @@ class Finished:
 
 @dataclass(frozen=True)
 class Problem:
-    """Why a process could not go on. `step` is model, build or run; `missing` a module that is not there."""
+    """Why a process could not go on, and at which step; `missing` is a module that is not there."""
 
-    step: str
+    step: Step
     text: str
     hint: str = ""
     missing: str = ""
@@ -88,9 +90,8 @@ class Failed(Exception):
 class Worker:
     """The process of one runtime, seen from the caller's. Close it in any case."""
 
-    def __init__(self, build: Build, prepare: Prepare, folder: Path, threads: int | None, seed: int) -> None:
-        """Starts the process, which imports torch and waits. Raises what pickle raises for `build` and `prepare`."""
-        payload = pickle.dumps((build, prepare))
+    def __init__(self, payload: bytes, folder: Path, threads: int | None, seed: int) -> None:
+        """Starts the process, which imports torch and waits. `payload` is a Build and a Prepare, pickled."""
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, payload, threads, seed), daemon=True)
@@ -101,7 +102,7 @@ class Worker:
 
     def wait(self, limit: float) -> None:
         """Waits until the process is there. Raises Failed."""
-        self._receive(limit)
+        self._receive(limit, "start")
 
     def build(self, limit: float) -> Ready:
         """Builds the runtime and calls it for the first times. Raises Failed."""
@@ -135,16 +136,16 @@ class Worker:
     def _ask(self, message: Any, limit: float) -> Any:
         with contextlib.suppress(BrokenPipeError):  # what it said before it ended is still there to be read
             self._pipe.send(message)
-        return self._receive(limit)
+        return self._receive(limit, "build" if message == "build" else "run")
 
-    def _receive(self, limit: float) -> Any:
+    def _receive(self, limit: float, step: Step) -> Any:
         try:
             if not self._pipe.poll(limit):
-                raise Failed(Problem("run", f"no answer in {limit:g} s", "give it more time: limit"))
+                raise Failed(Problem(step, f"no answer in {limit:g} s", "give it more time: limit"))
             answer = self._pipe.recv()
         except (EOFError, ConnectionResetError) as error:
             self._process.join(PATIENCE)
-            raise Failed(Problem("run", self._ending())) from error
+            raise Failed(Problem(step, self._ending())) from error
         if isinstance(answer, Problem):
             raise Failed(answer)
         return answer
@@ -180,7 +181,7 @@ class _Server:
 
     payload: bytes
     seed: int
-    step: str = "model"
+    step: Step = "model"
     call: Callable[..., Any] | None = None
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
@@ -258,7 +259,7 @@ def _serve(pipe: Connection, payload: bytes, threads: int | None, seed: int) -> 
             pipe.send(answer)
 
 
-def _problem(step: str, error: Exception) -> Problem:
+def _problem(step: Step, error: Exception) -> Problem:
     missing = error.name or "" if isinstance(error, ModuleNotFoundError) else ""
     if isinstance(error, FxoptError):
         return Problem(step, error.message, error.hint or "", missing)
