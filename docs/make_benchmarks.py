@@ -5,7 +5,7 @@
     python docs/make_benchmarks.py --again              all anew
     python docs/make_benchmarks.py --page               the page alone
 
-The results are kept in build/benchmarks.json, each as soon as it is there. Meanwhile the machine should do nothing else.
+Results are kept in build/benchmarks.json, each as soon as it is there. Meanwhile the machine should do nothing else.
 """
 
 from __future__ import annotations
