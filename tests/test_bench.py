@@ -6,6 +6,7 @@ The runtimes are stubs in tests/stub_runtimes.py; starting a process takes secon
 from __future__ import annotations
 
 import json
+import multiprocessing
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 
 import fxopt
 import stub_runtimes
-from fxopt.bench import Benchmark, Built, Memory, Timing, chart, means, measure, runtimes, system, table
+from fxopt.bench import Benchmark, Built, Memory, Timing, chart, means, measure, runtimes, system, table, worker
 from fxopt.bench.measure import chosen_runtimes
 from fxopt.bench.result import Settings, spread
 
@@ -161,6 +162,29 @@ def test_a_model_that_can_be_saved_but_not_read(tmp_path: Path) -> None:
     with pytest.raises(fxopt.UsageError, match="RuntimeError: not here") as refused:
         saved()
     assert "module-level function" in str(refused.value.hint)
+
+
+def test_a_process_that_gives_no_answer_is_given_up() -> None:
+    waiting = worker.Worker.__new__(worker.Worker)
+    waiting._pipe, other = multiprocessing.Pipe()
+    with pytest.raises(worker.Failed) as failed:
+        waiting.build(0.01)
+    assert failed.value.problem == worker.Problem("build", "no answer in 0.01 s", "give it more time: limit")
+    assert other.recv() == "build"
+
+
+@pytest.mark.parametrize(
+    ("step", "kind", "said"),
+    [
+        pytest.param("start", fxopt.FxoptError, "if __name__", id="a script without a guard"),
+        pytest.param("model", fxopt.UsageError, "could not be built: why", id="a model that cannot be built"),
+        pytest.param("run", fxopt.FxoptError, "nothing to compare with: why", id="a model that does not run"),
+    ],
+)
+def test_eager_s_failure_is_everybody_s(step: Any, kind: type[Exception], said: str) -> None:
+    raised = measure._no_reference(worker.Problem(step, "why"))
+    assert type(raised) is kind
+    assert said in str(raised)
 
 
 # -- runtimes by name ------------------------------------------------------------------------------------------------

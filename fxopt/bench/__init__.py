@@ -2,7 +2,19 @@
 
 from fxopt.bench.measure import benchmark
 from fxopt.bench.result import Benchmark, Mean, Ratio, Timing, means
-from fxopt.bench.runtimes import RUNTIMES, Built, Prepare
+from fxopt.bench.runtimes import RUNTIMES, Built, Fxopt, Prepare
 from fxopt.bench.system import Memory
 
-__all__ = ["RUNTIMES", "Benchmark", "Built", "Mean", "Memory", "Prepare", "Ratio", "Timing", "benchmark", "means"]
+__all__ = [
+    "RUNTIMES",
+    "Benchmark",
+    "Built",
+    "Fxopt",
+    "Mean",
+    "Memory",
+    "Prepare",
+    "Ratio",
+    "Timing",
+    "benchmark",
+    "means",
+]

@@ -259,16 +259,14 @@ def _failure(name: str, problem: Problem, ready: Ready | None) -> Timing:
 
 
 def _no_reference(problem: Problem) -> FxoptError:
+    """What is raised where eager itself cannot go on."""
+    if problem.step == "start":
+        hint = 'a script calls benchmark under `if __name__ == "__main__":`, because each process imports the script'
+        return FxoptError(f"a process could not be started: {problem.text}", hint=hint)
     if problem.step == "model":
         return UsageError(f"the model could not be built: {problem.text}", hint=problem.hint or None)
-    hint = problem.hint or (
-        'if this is a script, call benchmark under `if __name__ == "__main__":`: the processes import the script'
-        if problem.step == "start"
-        else None
-    )
-    return FxoptError(
-        f"the model does not run in eager PyTorch, so there is nothing to compare: {problem.text}", hint=hint
-    )
+    text = f"the model does not run in eager PyTorch, so there is nothing to compare with: {problem.text}"
+    return FxoptError(text, hint=problem.hint or None)
 
 
 def _distance(expected: Iterable[torch.Tensor], actual: Iterable[torch.Tensor]) -> tuple[float, str]:
