@@ -163,8 +163,8 @@ class Results:
     multiple=True,
     type=ShapeType(),
     metavar="SHAPE",
-    help="Random input, as 1x3x224x224, once per argument; for all models that have none of their own, as "
-    "MODEL@1x3x299x299, and whose function gives none. Without: 1x3x224x224.",
+    help="Random input, as 1x3x224x224, once per argument; of all models but those with inputs of their own, as "
+    "MODEL@1x3x299x299. Without: what the model's function gives with it, else 1x3x224x224.",
 )
 @click.option("--seed", type=int, default=Settings.seed, show_default=True, help="Of random weights and inputs.")
 @click.option(
