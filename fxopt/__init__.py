@@ -18,8 +18,9 @@ from fxopt.errors import (
 )
 from fxopt.graphdiff import GraphDiff, diff
 from fxopt.journal import UNKNOWN
+from fxopt.lowering import Backend, Setting
 from fxopt.pattern import Match, NoMatch, any_of, call, const, lit, var
-from fxopt.plugins import passes, register
+from fxopt.plugins import backends, passes, register
 from fxopt.rewrite import Pass, Rewriter, Rule
 from fxopt.runtime import CompiledModule
 from fxopt.verification import Verification, verify
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "UNKNOWN",
+    "Backend",
     "CaptureError",
     "CheckError",
     "CompiledModule",
@@ -44,11 +46,13 @@ __all__ = [
     "RewriteError",
     "Rewriter",
     "Rule",
+    "Setting",
     "StaleWeightsError",
     "UsageError",
     "Verification",
     "VerificationError",
     "any_of",
+    "backends",
     "benchmark",
     "call",
     "compile",

@@ -121,6 +121,12 @@ def _functional(module: fx.GraphModule) -> Iterator[Problem]:
             yield node, "writes in place where its pure twin would do"
 
 
+def _shapes(module: fx.GraphModule) -> Iterator[Problem]:
+    for node in module.graph.nodes:
+        if effects.changes_shape(node.target):
+            yield node, "changes the shape of a tensor in place, for which one node has two shapes"
+
+
 def _values(module: fx.GraphModule) -> Iterator[Problem]:
     if ir.fake_mode(module) is None:
         return
@@ -155,6 +161,7 @@ CHECKS: tuple[Check, ...] = (
     Check("attributes", "every attribute that is named is there", _attributes),
     Check("one-name", "one tensor has one name", _one_name),
     Check("functional", "what can be pure is pure", _functional, of_captures=True),
+    Check("shapes", "a value has one shape, whoever reads it when", _shapes),
     Check("values", "every value is known once shapes are", _values),
     Check("buffers", "a part is written in place only where nobody can tell", buffers.problems),
     Check("origins", "every operation says where it came from", _origins),

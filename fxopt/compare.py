@@ -2,7 +2,10 @@
 
 The error of an output is max|difference| / max|expected| over the places where what was expected is finite. A small
 error (16 units of rounding) is rounding. A larger one is settled by the model in float64: the result may miss it by
-twice what the original misses it by, and four units. Anything else is a wrong answer.
+twice what the original misses it by, and 24 units. Anything else is a wrong answer.
+
+24 units, because kernels sum in other orders: with AVX-512, oneDNN's convolution of 512 channels by 3x3 taps misses
+float64 by 23 units (2.7e-6) on channels-last images and by 3 on others, in PyTorch as here.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import torch
 
 ROUNDING_UNITS = 16
 REFERENCE_FACTOR = 2
-REFERENCE_UNITS = 4
+REFERENCE_UNITS = 24
 
 
 @dataclass(frozen=True)

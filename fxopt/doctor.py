@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -138,11 +138,14 @@ def _plugins() -> Iterator[Finding]:
 
 def _backends() -> Iterator[Finding]:
     """Each backend compiles Conv+BN+ReLU and must give its answer."""
-    for name in plugins.backends():
+    for entry in plugins.backends():
         try:
-            yield _try_backend(name)
+            found = _try_backend(entry.name)
         except Exception as error:
-            yield Finding(f"backend {name}", "broken", _said(error), getattr(error, "hint", None) or "")
+            found = Finding(f"backend {entry.name}", "broken", _said(error), getattr(error, "hint", None) or "")
+        if entry.origin != plugins.OWN_DISTRIBUTION:
+            found = replace(found, detail=f"of {entry.origin}: {found.detail}")
+        yield found
 
 
 def _try_backend(name: str) -> Finding:

@@ -207,7 +207,7 @@ def strides_matter(node: fx.Node) -> str | None:
         return None
     if not isinstance(target, OpOverload):
         return "is opaque and may look at them"
-    if target.namespace not in ("aten", "fxopt", "mkldnn"):
+    if target.namespace not in ("aten", "fxopt", "mkldnn", "mkl"):
         return f"is an operator of {target.namespace}, which may look at them"
     if not of(node).pure:
         return "writes, draws at random, or may raise"  # random numbers are drawn in the order of memory

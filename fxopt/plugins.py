@@ -1,7 +1,8 @@
 """Finding passes and backends: entry points, and what was registered in this process.
 
 Built-in passes come through the same entry-point group as anybody's. An installed plugin makes its passes nameable; it
-never joins the default pipeline by being installed.
+never joins the default pipeline by being installed. So with backends: one that is installed or registered can be named,
+and never changes what "auto" does.
 """
 
 from __future__ import annotations
@@ -11,15 +12,20 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fxopt.errors import PluginError, UsageError
 from fxopt.pipeline import Step
 from fxopt.rewrite import Pass
 
+if TYPE_CHECKING:
+    from fxopt.lowering.backend import Backend
+
 PASS_GROUP = "fxopt.passes"
 BACKEND_GROUP = "fxopt.backends"
 OWN_DISTRIBUTION = "fxopt"
+#: The name that stands for fxopt's own choice of a backend.
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -36,16 +42,32 @@ class Installed:
     group: int | None = None
 
 
+@dataclass(frozen=True)
+class InstalledBackend:
+    """A backend that can be named, and who provides it. It is loaded where it is asked for."""
+
+    name: str
+    origin: str
+
+
+Plugin = TypeVar("Plugin", Pass, "Backend")
+
 _registered: dict[str, Installed] = {}
+_registered_backends: dict[str, tuple[InstalledBackend, Backend]] = {}
 
 
-def register(current: Pass, *, origin: str = "this process") -> Pass:
-    """Makes a pass nameable in this process; returns it, so that it can decorate a definition.
+def register(current: Plugin, *, origin: str = "this process") -> Plugin:
+    """Makes a pass or a backend nameable in this process; returns it.
 
     Raises PluginError where the name is taken, naming both owners.
     """
+    from fxopt.lowering.backend import Backend
+
+    if isinstance(current, Backend):
+        _register_backend(current, origin)
+        return current
     if not isinstance(current, Pass):
-        raise PluginError(f"{current!r} is not a Pass", hint="register(Pass(name, rules=...))")
+        raise PluginError(f"{current!r} is not a Pass or a Backend", hint="register(Pass(name, rules=...))")
     taken = available().get(current.name)
     if taken is not None and taken.current is not current:
         raise PluginError(_two_owners(current.name, taken.origin, origin), hint="rename one of them")
@@ -56,6 +78,7 @@ def register(current: Pass, *, origin: str = "this process") -> Pass:
 def unregister(name: str) -> None:
     """Takes back `register`."""
     _registered.pop(name, None)
+    _registered_backends.pop(name, None)
 
 
 def available() -> dict[str, Installed]:
@@ -73,8 +96,11 @@ def passes() -> tuple[Installed, ...]:
 
 
 def broken() -> dict[str, PluginError]:
-    """The plugins that could not be loaded, by entry point, and why."""
-    return dict(_installed()[1])
+    """The plugins that could not be loaded, by entry point, and why.
+
+    Of backends those whose name is taken: others are loaded, or fail to, where they are asked for.
+    """
+    return {**_installed()[1], **_backends()[1]}
 
 
 def default_pipeline() -> tuple[Step, ...]:
@@ -162,31 +188,74 @@ def reload() -> None:
     _backends.cache_clear()
 
 
-@cache
-def _backends() -> dict[str, EntryPoint]:
-    found: dict[str, EntryPoint] = {}
-    for point in entry_points(group=BACKEND_GROUP):
-        if point.name in found and found[point.name].value != point.value:
-            raise PluginError(
-                f"two backends are named {point.name!r}: one of {_owner(found[point.name])}, one of {_owner(point)}",
-                hint="uninstall one of them",
-            )
-        found[point.name] = point
-    return found
+# -- backends --------------------------------------------------------------------------------------------------------
 
 
-def backend(name: str) -> Any:
-    """The backend of a name. Raises UsageError with the names there are, PluginError where it cannot be loaded."""
-    points = _backends()
-    if name not in points:
-        raise UsageError(f"no backend is named {name!r}", hint="there are: auto, " + ", ".join(points))
+def backends() -> tuple[InstalledBackend, ...]:
+    """Every backend that can be named, with who provides it, fxopt's own first."""
+    found = {name: InstalledBackend(name, _owner(claims[0])) for name, claims in _backends()[0].items()}
+    return tuple({**found, **{name: entry for name, (entry, _) in _registered_backends.items()}}.values())
+
+
+def backend(name: str) -> Backend:
+    """The backend of a name.
+
+    Raises UsageError with the names there are; PluginError, with the owner, where two plugins have the name, or where
+    it cannot be loaded or is no backend of that name.
+    """
+    from fxopt.lowering.backend import Backend
+
+    if name in _registered_backends:
+        return _registered_backends[name][1]
+    claims = _backends()[0].get(name)
+    if claims is None:
+        there_are = ", ".join((AUTO, *(entry.name for entry in backends())))
+        raise UsageError(f"no backend is named {name!r}", hint=f"there are: {there_are}")
+    if len(claims) > 1:
+        raise PluginError(_two_backends(name, *map(_owner, claims[:2])), hint="uninstall one of them")
+    owner = _owner(claims[0])
     try:
-        return points[name].load()
+        loaded = claims[0].load()
     except Exception as error:
-        owner = _owner(points[name])
-        raise PluginError(f"the backend {name!r} of {owner} could not be loaded: {error}") from error
+        raise PluginError(
+            f"the backend {name!r} of {owner} could not be loaded: {type(error).__name__}: {error}",
+            hint=f"pip install --upgrade {owner}, or uninstall it",
+        ) from error
+    if not isinstance(loaded, Backend):
+        raise PluginError(f"the backend {name!r} of {owner} is {loaded!r}, which is not a fxopt.Backend")
+    if loaded.name != name:
+        raise PluginError(
+            f"the backend {name!r} of {owner} calls itself {loaded.name!r}",
+            hint="its entry point has to have the backend's own name",
+        )
+    return loaded
 
 
-def backends() -> tuple[str, ...]:
-    """The names of the installed backends."""
-    return tuple(_backends())
+def _register_backend(current: Backend, origin: str) -> None:
+    taken = {AUTO: "fxopt"} | {entry.name: entry.origin for entry in backends()}
+    held = _registered_backends.get(current.name)
+    if current.name in taken and (held is None or held[1] is not current):
+        raise PluginError(_two_backends(current.name, taken[current.name], origin), hint="rename one of them")
+    _registered_backends[current.name] = (InstalledBackend(current.name, origin), current)
+
+
+def _two_backends(name: str, first: str, second: str) -> str:
+    return f"two backends are named {name!r}: one of {first}, one of {second}"
+
+
+@cache
+def _backends() -> tuple[dict[str, list[EntryPoint]], dict[str, PluginError]]:
+    """The entry points that claim each name, and those that claim one of fxopt's own, which stays fxopt's."""
+    found: dict[str, list[EntryPoint]] = {}
+    failed: dict[str, PluginError] = {}
+    for point in sorted(entry_points(group=BACKEND_GROUP), key=lambda point: _owner(point) != OWN_DISTRIBUTION):
+        owner, claims = _owner(point), found.get(point.name, [])
+        if any(claim.value == point.value for claim in claims):
+            continue
+        if point.name == AUTO or (claims and _owner(claims[0]) == OWN_DISTRIBUTION):
+            failed[f"{owner}: {point.name}"] = PluginError(
+                _two_backends(point.name, OWN_DISTRIBUTION, owner), hint=f"fxopt's own is used; uninstall {owner}"
+            )
+            continue
+        found[point.name] = [*claims, point]
+    return found, failed

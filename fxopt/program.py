@@ -196,6 +196,7 @@ def lower(
     for node in module.graph.nodes:
         values = [ir.fake(operand) for operand in node.all_input_nodes]
         node.meta["operand_strides"] = tuple(None if v is None else tuple(v.stride()) for v in values)
+    module.meta["packed"] = packed  # what is packed already decides which kernel takes a weight
     results: list[PassResult] = []
     declines: list[Decline] = []
     if backend.passes:

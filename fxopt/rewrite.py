@@ -241,6 +241,53 @@ class Rewriter:
         )
         return result
 
+    def substitute_memory(
+        self, base: fx.Node, build: Callable[[fx.Node], fx.Node], *, rule: str
+    ) -> NoMatch | None:
+        """Replaces memory that the graph makes and writes: `base`, what may share it, and all writes to it are gone.
+
+        Who reads one of these behind the last write reads what `build` gives for it instead. Refused where somebody
+        could tell: memory that is handed out, is not the graph's own, or is read in front of a write.
+        """
+        aliases = self.aliases
+        root = aliases.root(base)
+        members = [node for node in self.graph.nodes if node.op != "output" and aliases.root(node) is root]
+        inside, writers = set(members), [node for node in members if node in aliases.writers]
+        reads = {node: [user for user in node.users if user not in inside] for node in members}
+        last = max(writers, default=base)
+        for node in members:
+            if node in aliases.foreign:
+                return NoMatch(f"{node.name} may be memory that others hold", node)
+            if any(written not in inside for written in aliases.writers.get(node, effects.Effects()).writes):
+                return NoMatch(f"{node.name} writes to other memory, too", node)
+            for user in reads[node]:
+                if user.op == "output":
+                    return NoMatch("the model hands it out, a new tensor in each call", node)
+                if not last < user:
+                    return NoMatch(f"{user.name} reads it in front of the last write", user)
+        mark = self.editor.mark()
+        self._point, self._origin = last.next, ir.origins(base)
+        try:
+            built = {node: build(node) for node, users in reads.items() if users}
+        except Exception:
+            self.editor.undo(mark)
+            raise
+        finally:
+            self._point = None
+        for node, result in built.items():
+            refusal = observe.difference(node, result, pass_name=self.current.name)
+            refusal = refusal or observe.strides_kept(((node, result),))
+            if refusal is not None:
+                self.editor.undo(mark)
+                return refusal
+            self.editor.replace_uses(node, result, reads[node])
+        added, names = self._added(mark), tuple(node.name for node in reversed(members))
+        for node in reversed(members):
+            self.editor.erase(node)
+        pairs = tuple((node.name, result.name) for node, result in built.items()) or ((base.name, ""),)
+        self.journal.rewrites.append(Rewrite(self.current.name, rule, pairs, names, added, self._origin))
+        return None
+
     def remove(self, node: fx.Node, *, rule: str) -> None:
         """Removes a node that nobody reads, and operands that this leaves unread."""
         origin = ir.origins(node)

@@ -248,10 +248,11 @@ def layer_flops(
     "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution", "linear",
     "fxopt.convolution", "fxopt.linear",
     "mkldnn._convolution_pointwise", "mkldnn._convolution_transpose_pointwise", "mkldnn._linear_pointwise",
+    "mkl._mkl_linear",
 )  # fmt: skip
 def _layer(call: Call) -> Cost:
     given = call.arguments
-    source, weight = ("X", "W") if "X" in given else ("input", "weight")
+    source, weight = ("X", "ORI_W" if "ORI_W" in given else "W") if "X" in given else ("input", "weight")
     transposed = given.get("transposed", "transpose" in ir.target_name(call.node))
     flops = layer_flops(call.sizes(source), call.sizes(weight), call.result, transposed=transposed)
     names = [given.get(name, "none") for name in ("activation", "unary_attr", "attr")]

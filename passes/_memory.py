@@ -10,7 +10,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
 
 from fxopt import Rewriter, effects, ir
 
@@ -69,22 +68,18 @@ def is_dense(value: torch.Tensor) -> bool:
 
 
 def told_from_the_very_tensor(node: fx.Node, rewriter: Rewriter) -> str | None:
-    """How somebody could tell a view from the very tensor that it views: by handing it out, or by changing the shape of
-    either in place (`unsqueeze_`)."""
+    """How somebody could tell a view from the very tensor that it views: by handing it out, or in an opaque node, which
+    may change the shape of either in place (no other node of the normal form does)."""
     for reader in _readers(node):
         if reader.op == "output":
             return "the model hands out the view, which must stay another tensor than its input"
     aliases = rewriter.aliases
     for writer, found in aliases.writers.items():
-        if writer._erased or not node < writer or not (found.opaque or _reshapes_in_place(writer)):
+        if writer._erased or not node < writer or not found.opaque:
             continue
         if any(aliases.root(written) is aliases.root(node) for written in found.writes):
             return f"{writer.name} may change the view or its input in place"
     return None
-
-
-def _reshapes_in_place(writer: fx.Node) -> bool:
-    return isinstance(writer.target, OpOverload) and torch.Tag.inplace_view in writer.target.tags
 
 
 def _readers(node: fx.Node) -> Iterator[fx.Node]:

@@ -7,7 +7,7 @@
 A transpose is permute, transpose, t, T, mT, movedim or swapaxes, under any of their names; f and g are operations on
 single elements, or several of them in a row.
 
-Legal when: nothing writes to a value in between; an x that is handed out, or whose shape is changed in place, stays
+Legal when: nothing writes to a value in between; an x that is handed out, or that an opaque node takes, stays
 another tensor than its transposes. Around elementwise operations: all operands are transposed alike, have one shape and
 one order of strides without gaps, or are numbers; nobody else reads what is computed in between.
 Numerics: the same bits. Kernels may round otherwise where memory has gaps; gelu's does in another order, so it is none.

@@ -8,7 +8,7 @@
 
 Legal when: the operation gives back its input's values with the same shape, dtype, device and strides. Where it hands
 out the very same tensor (dropout), so does its input. Where it makes another view of it (reshape), the view is not the
-model's result, and nobody changes the shape of either in place. Where it makes a fresh tensor (x * 1), the result must
+model's result, and no opaque node takes either. Where it makes a fresh tensor (x * 1), the result must
 not be the model's, nor an alias of one, and nothing may write to either. x + 0 is not x for x = -0.0, and neither is an
 average of one element.
 Numerics: the same bits.

@@ -2,11 +2,13 @@
 
     op(W, V, ...)             ->  the constant that it gives        where every tensor that it takes is constant
     zeros(...), arange(...)   ->  the constant that it gives        where it takes only literals
+    m = zeros(...); m[i] = c  ->  the constant behind all writes    where it writes only constants
 
 Whole subgraphs go at once: weight standardisation, a table of relative positions indexed by a buffer, a reshaped
 LayerScale, a causal mask. The operators are run on the device of their operands, without gradients and autocast.
 
-Legal when: nothing ever writes to an operand or to the result; the result is not handed out (a factory gives a new
+Legal when: nothing ever writes to an operand or to the result, or all that is written to memory of the graph's own are
+constants, and nobody reads it in front of the last write; the result is not handed out (a factory gives a new
 tensor in each call, and a view is a view of the model's own tensor); the operator is pure, draws nothing, and only
 sizes decide its result's shape; each tensor is plain and dense and has values; no step gives more bytes than its
 operands hold together, or than 4 MiB; what it gives has the dtype, device and shape that were inferred. A view in
@@ -29,7 +31,7 @@ from torch.utils import _pytree as pytree
 
 from fxopt import NoMatch, Pass, Rewriter, effects, ir
 
-from . import _sharing
+from . import _sharing, _written
 
 #: A result of so many bytes is kept whatever it is made of; a larger one only where its operands are as large.
 SMALL = 4 * 2**20
@@ -37,6 +39,12 @@ _RULE = "constant"
 
 
 def _run(rewriter: Rewriter) -> None:
+    _fold(rewriter)
+    if _written.fold(rewriter, _on_constants, SMALL, "written"):
+        _fold(rewriter)
+
+
+def _fold(rewriter: Rewriter) -> None:
     values = _values(rewriter)
     stays: set[fx.Node] = set()
     chosen: list[fx.Node] = []
@@ -149,6 +157,20 @@ def _run_once(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         return "the values of its operands decide the size of its result"
     except Exception as error:
         return f"run on its constants, it raises {type(error).__name__}: {str(error).splitlines()[0]}"
+    return _unlike(node, found) or found
+
+
+def _on_constants(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    """What a node that makes, views or writes memory gives, run on it; a string that says why it is not taken."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+    target: Any = node.target
+    if target is not operator.getitem and not _sharing.is_known(target):
+        return f"what {target} does beside its result is not known"
+    try:
+        with _plainly():
+            found = target(*args, **kwargs)
+    except Exception as error:
+        return f"run on its constants, {node.name} raises {type(error).__name__}: {str(error).splitlines()[0]}"
     return _unlike(node, found) or found
 
 

@@ -12,7 +12,7 @@
 
 Legal when: the sizes that decide it are plain numbers; nothing writes to a value in between. What shares memory with
 what may change only where nobody can tell: a view that becomes the very tensor that it views is not the model's
-result, and nobody changes its shape in place; where a copy may become a view, or a view a copy, neither it nor an alias
+result, and no opaque node takes it; where a copy may become a view, or a view a copy, neither it nor an alias
 is the model's result, and nothing writes to either. Strides stay as they were.
 Numerics: the same bits.
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,19 +44,22 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Run]:
     """Runs a command line in a folder that has net.py; exit code, standard output, standard error."""
     (tmp_path / "net.py").write_text(NET)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.delitem(sys.modules, "net", raising=False)
+    known = sys.modules.pop("net", None)
 
     def command(*arguments: str) -> tuple[int, str, str]:
         capfd.readouterr()
         code = cli.run(["bench", *arguments])
         return (code, *capfd.readouterr())
 
-    return command
+    yield command
+    sys.modules.pop("net", None)
+    if known is not None:
+        sys.modules["net"] = known
 
 
 @pytest.fixture

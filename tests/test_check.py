@@ -107,6 +107,12 @@ def _view_in_a_buffer(traced: fx.GraphModule) -> None:
     buffer.args, buffer.meta = ([reshape], 1), dict(reshape.meta)
 
 
+def _shape_in_place(traced: fx.GraphModule) -> None:
+    relu = named(traced, "relu")
+    with traced.graph.inserting_after(relu):
+        traced.graph.call_function(aten.unsqueeze_.default, (relu, 0)).meta["origin"] = ()
+
+
 def _no_origin(traced: fx.GraphModule) -> None:
     del named(traced, "relu").meta["origin"]
 
@@ -135,6 +141,7 @@ def _training(traced: fx.GraphModule) -> None:
         pytest.param(_injected, "attributes", id="an attribute with code in it"),
         pytest.param(_second_name, "one-name", id="a second name of one tensor"),
         pytest.param(_writes, "functional", id="a write that could be pure"),
+        pytest.param(_shape_in_place, "shapes", id="a shape changed in place"),
         pytest.param(_no_value, "values", id="a value that is not known"),
         pytest.param(_view_in_a_buffer, "buffers", id="a view that is written in place"),
         pytest.param(_no_origin, "origins", id="a node from nowhere"),

@@ -58,7 +58,7 @@ def run_doctest(text: str, scope: dict[str, Any], page: Path, line: int) -> None
 @pytest.mark.parametrize("page", [page for page in PAGES if any(blocks(page, "python"))], ids=place)
 def test_the_code_of_a_page_runs_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    registered = dict(plugins._registered)
+    registered = {**plugins._registered, **plugins._registered_backends}
     threads = torch.get_num_threads()
     module = ModuleType("docs_page")
     monkeypatch.setitem(sys.modules, module.__name__, module)  # where dataclasses and pickle look for it
@@ -71,7 +71,7 @@ def test_the_code_of_a_page_runs_in_order(page: Path, tmp_path: Path, monkeypatc
                 exec(compile("\n" * (line - 1) + text, str(page), "exec", dont_inherit=True), scope)
     finally:
         torch.set_num_threads(threads)
-        for name in set(plugins._registered) - set(registered):
+        for name in {*plugins._registered, *plugins._registered_backends} - set(registered):
             plugins.unregister(name)
 
 
@@ -137,10 +137,14 @@ def test_a_layer_imports_only_from_those_above_it(module: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "file"),
-    [("python", "fxopt_example_plugin.py"), ("toml", "pyproject.toml")],
-    ids=["the pass", "its distribution"],
+    ("page", "kind", "file"),
+    [
+        pytest.param("writing-a-pass.md", "python", "example_plugin/fxopt_example_plugin.py", id="the pass"),
+        pytest.param("writing-a-pass.md", "toml", "example_plugin/pyproject.toml", id="its distribution"),
+        pytest.param("writing-a-backend.md", "python", "example_backend/fxopt_example_backend.py", id="the backend"),
+        pytest.param("writing-a-backend.md", "toml", "example_backend/pyproject.toml", id="the backend's distribution"),
+    ],
 )
-def test_the_page_on_writing_a_pass_shows_the_example_plugin_as_it_is(kind: str, file: str) -> None:
-    source = (CHECKOUT / "tests" / "example_plugin" / file).read_text(encoding="utf-8")
-    assert source in [text for _, text in blocks(DOCS / "writing-a-pass.md", kind)]
+def test_a_page_on_writing_shows_the_example_as_it_is(page: str, kind: str, file: str) -> None:
+    source = (CHECKOUT / "tests" / file).read_text(encoding="utf-8")
+    assert source in [text for _, text in blocks(DOCS / page, kind)]

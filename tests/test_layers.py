@@ -47,6 +47,10 @@ LAYERS = (
     "lowering",
     "lowering.executor",
     "lowering.aten",
+    "lowering.onednn_operators",
+    "lowering.onednn_strides",
+    "lowering.onednn_products",
+    "lowering.onednn_convolutions",
     "lowering.onednn_buffers",
     "lowering.onednn",
     "program",  # one capture, rewritten, and lowered for each signature

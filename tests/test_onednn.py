@@ -156,8 +156,8 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "a transposed convolution": (lambda: nn.ConvTranspose2d(4, 6, 3, 2, 1, 1), (2, 4, 7, 7)),
     "a grouped transposed convolution": (lambda: nn.ConvTranspose2d(4, 6, 3, groups=2), (2, 4, 7, 7)),
     "a 3d transposed convolution": (lambda: nn.ConvTranspose3d(3, 4, 2, 2), (2, 3, 4, 5, 6)),
-    "a linear layer": (lambda: nn.Linear(96, 64), (256, 96)),
-    "a linear layer on three dimensions": (lambda: nn.Linear(96, 64, bias=False), (4, 64, 96)),
+    "a linear layer": (lambda: nn.Linear(96, 64), (1024, 96)),
+    "a linear layer on three dimensions": (lambda: nn.Linear(96, 64, bias=False), (4, 256, 96)),
 }
 layers = pytest.mark.parametrize(("layer", "shape"), LAYERS.values(), ids=LAYERS.keys())
 
@@ -315,15 +315,15 @@ def passing() -> nn.Module:
 
 
 def poisoned(value: float) -> torch.Tensor:
-    """An image of one bad value, at (1, 2)."""
-    given = torch.randn(1, 1, 4, 4)
+    """An image of one bad value, at (1, 2), and of more pixels than a product takes."""
+    given = torch.randn(1, 1, 9, 9)
     given[0, 0, 1, 2] = value
     return given
 
 
 def test_nan_is_kept_by_aten_and_lost_by_onednns_bounded_activations_only() -> None:
     model, given = EachActivation(passing).eval(), poisoned(math.nan)
-    example = torch.randn(1, 1, 4, 4)
+    example = torch.randn(1, 1, 9, 9)
     fused, portable = (fxopt.compile(model, (example,), backend=backend) for backend in ("onednn", "aten"))
     expected = model(given)
     assert all(result[0, 0, 1, 2].isnan() for result in expected)
@@ -338,7 +338,7 @@ def test_nan_is_kept_by_aten_and_lost_by_onednns_bounded_activations_only() -> N
 @pytest.mark.parametrize("value", [math.inf, -math.inf], ids=["inf", "-inf"])
 def test_infinity_is_as_in_aten(value: float) -> None:
     model, given = EachActivation(passing).eval(), poisoned(value)
-    compiled = fxopt.compile(model, (torch.randn(1, 1, 4, 4),), backend="onednn")
+    compiled = fxopt.compile(model, (torch.randn(1, 1, 9, 9),), backend="onednn")
     assert_each(compiled(given), model(given))
 
 
@@ -355,7 +355,7 @@ def test_bounds_the_wrong_way_round_stay_atens(name: str) -> None:
 
 def test_bounds_the_wrong_way_round_stay_atens_behind_a_linear_layer() -> None:
     model = Network(lambda m, x: m.linear(x).clamp(2, -1), linear=nn.Linear(512, 512)).eval()
-    x = torch.randn(4, 512)
+    x = torch.randn(1024, 512)
     fast = fxopt.compile(model, (x,), backend="onednn", verify=False, passes=["fuse-linear-activation"])
     assert torch.equal(fast(x), model(x))
     assert "mkldnn._linear_pointwise" in operations(next(iter(fast._ready.values())).module)

@@ -27,6 +27,7 @@ pytestmark = pytest.mark.slow
 CHECKOUT = Path(__file__).resolve().parent.parent
 PLUGIN = CHECKOUT / "tests" / "example_plugin"
 PLUGIN_PASS = "fold-double-negation"
+BACKEND = CHECKOUT / "tests" / "example_backend"
 SOURCES = ("pyproject.toml", "LICENSE", "README.md", "fxopt", "passes")
 
 
@@ -50,7 +51,7 @@ def build_wheel(source: Path, work: Path) -> Path:
 
 @dataclass(frozen=True)
 class Environment:
-    """A virtual environment that holds the two wheels, and a folder that is not the checkout."""
+    """A virtual environment that holds fxopt's wheel and two plugins', and a folder that is not the checkout."""
 
     folder: Path
 
@@ -84,9 +85,12 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environm
     folder = tmp_path_factory.mktemp("installed")
     environment = Environment(folder)
     venv.create(folder / "env", with_pip=False)
-    plugin = build_wheel(PLUGIN, folder)
+    plugins = []
+    for source in (PLUGIN, BACKEND):
+        (folder / source.name).mkdir()
+        plugins.append(build_wheel(source, folder / source.name))
     target = environment.bin / "python"
-    pip = [sys.executable, "-m", "pip", "--python", target, "install", "--no-index", "--no-deps", wheel, plugin]
+    pip = [sys.executable, "-m", "pip", "--python", target, "install", "--no-index", "--no-deps", wheel, *plugins]
     run(pip, cwd=folder)
     # Only now: with the running environment in sight, pip would take its fxopt for an installed one.
     own = Path(run([target, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], cwd=folder).strip())
@@ -166,6 +170,21 @@ answer = fxopt.compile(model, (x,)).report.to_dict()
 """
     )
     assert PLUGIN_PASS not in json.dumps(report)
+
+
+def test_an_installed_backend_can_be_named_and_changes_nothing_else(installed: Environment) -> None:
+    answer = installed.python(
+        """
+        import fxopt, torch
+        model, x = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU()).eval(), torch.randn(2, 8)
+        backends = {entry.name: entry.origin for entry in fxopt.backends()}
+        reports = [fxopt.compile(model, (x,), backend=name, strict=True).report for name in ("auto", "addmm")]
+        answer = [backends["addmm"], backends["aten"], [report.backend for report in reports]]
+        """
+    )
+    assert answer[:2] == ["fxopt-example-backend", "fxopt"]
+    assert answer[2][0] != "addmm"
+    assert answer[2][1] == "addmm"
 
 
 def test_console_script_lists_the_plugin_pass(installed: Environment) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Iterator
+from functools import partial
 from importlib.metadata import EntryPoint
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -13,7 +15,7 @@ import torch
 from torch import nn
 
 import fxopt
-from fxopt import Pass, Rewriter, plugins
+from fxopt import Backend, Pass, Rewriter, doctor, plugins
 from fxopt.pipeline import flat
 from graphs import randomised
 
@@ -29,14 +31,14 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     real = plugins.entry_points
 
     def entry_points(*, group: str) -> list[EntryPoint]:
-        return [*extra, *real(group=group)] if group == plugins.PASS_GROUP else list(real(group=group))
+        return [*(point for point in extra if point.group == group), *real(group=group)]
 
-    def install(distribution: str, name: str, value: Any) -> None:
+    def install(distribution: str, name: str, value: Any, group: str = plugins.PASS_GROUP) -> None:
         module = ModuleType(f"plugin_{distribution}_{name}")
         if not isinstance(value, Exception):
             module.VALUE = value  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, module.__name__, module)
-        point = EntryPoint(name, f"{module.__name__}:VALUE", plugins.PASS_GROUP)
+        point = EntryPoint(name, f"{module.__name__}:VALUE", group)
         vars(point).update(dist=SimpleNamespace(name=distribution))
         if isinstance(value, Exception):
             vars(point).update(load=_raiser(value))
@@ -154,3 +156,94 @@ def test_registering_a_name_that_is_taken_names_both_owners(registered: Pass) ->
 def test_registering_what_is_no_pass_is_refused() -> None:
     with pytest.raises(fxopt.PluginError, match="is not a Pass"):
         fxopt.register(nothing)  # type: ignore[arg-type]
+
+
+# -- backends --------------------------------------------------------------------------------------------------------
+
+
+def backend(name: str) -> Backend:
+    """The portable backend under another name."""
+    return dataclasses.replace(plugins.backend("aten"), name=name)
+
+
+@pytest.fixture
+def backends(installed: Any) -> Any:
+    """Installs entry points in the group of backends."""
+    return partial(installed, group=plugins.BACKEND_GROUP)
+
+
+def test_backends_are_listed_with_their_owners(backends: Any) -> None:
+    backends("acme", "theirs", backend("theirs"))
+    owners = {entry.name: entry.origin for entry in fxopt.backends()}
+    assert next(iter(owners)) == "aten"
+    assert (owners["aten"], owners["onednn"], owners["theirs"]) == ("fxopt", "fxopt", "acme")
+
+
+def test_an_installed_backend_can_be_named_but_is_never_chosen_by_itself(backends: Any) -> None:
+    chosen = compiles().report.backend
+    backends("acme", "theirs", backend("theirs"))
+    assert compiles().report.backend == chosen
+    assert compiles(backend="theirs").report.backend == "theirs"
+
+
+def test_a_name_that_no_backend_has_is_an_error_that_lists_them(backends: Any) -> None:
+    backends("acme", "theirs", backend("theirs"))
+    with pytest.raises(fxopt.UsageError, match="no backend is named 'their'") as caught:
+        compiles(backend="their")
+    assert "there are: auto, aten, " in str(caught.value)
+    assert "theirs" in str(caught.value)
+
+
+def test_two_backends_of_one_name_are_an_error_that_names_both_owners(backends: Any) -> None:
+    backends("acme", "theirs", backend("theirs"))
+    backends("globex", "theirs", backend("theirs"))
+    with pytest.raises(fxopt.PluginError, match="two backends are named 'theirs': one of acme, one of globex"):
+        compiles(backend="theirs")
+    compiles()  # nobody asked for it
+
+
+@pytest.mark.parametrize("taken", ["onednn", "aten", "auto"])
+def test_a_name_of_fxopts_own_stays_fxopts(backends: Any, taken: str) -> None:
+    backends("acme", taken, backend(taken))
+    said = f"two backends are named {taken!r}: one of fxopt, one of acme"
+    report = compiles(backend=taken).report
+    assert report.backend == ("onednn" if taken == "auto" else taken)
+    assert any(said in notice and "uninstall acme" in notice for notice in report.notices)
+    with pytest.raises(fxopt.PluginError, match=said):
+        compiles(strict=True)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        pytest.param(ImportError("no gpu"), "'theirs' of acme could not be loaded: ImportError: no gpu", id="raises"),
+        pytest.param(3, "'theirs' of acme is 3, which is not a fxopt.Backend", id="is none"),
+        pytest.param("other", "'theirs' of acme calls itself 'other'", id="has another name"),
+    ],
+)
+def test_a_backend_that_cannot_be_used_is_named_where_it_is_asked_for(
+    backends: Any, monkeypatch: pytest.MonkeyPatch, value: Any, said: str
+) -> None:
+    backends("acme", "theirs", backend(value) if isinstance(value, str) else value)
+    with pytest.raises(fxopt.PluginError, match=said):
+        compiles(backend="theirs")
+    compiles()
+    theirs = [entry for entry in fxopt.backends() if entry.name == "theirs"]
+    monkeypatch.setattr(plugins, "backends", lambda: theirs)
+    (found,) = doctor._backends()
+    assert found.status == "broken"
+    assert "acme" in found.detail
+
+
+def test_a_registered_backend_can_be_named_in_this_process() -> None:
+    mine = fxopt.register(backend("mine"))
+    try:
+        assert fxopt.register(mine) is mine, "registering it again is no harm"
+        assert compiles(backend="mine").report.backend == "mine"
+        for name, owner in (("mine", "this process"), ("onednn", "fxopt"), ("auto", "fxopt")):
+            with pytest.raises(fxopt.PluginError, match=f"two backends are named '{name}': one of {owner}"):
+                fxopt.register(backend(name), origin="a notebook")
+    finally:
+        plugins.unregister("mine")
+    with pytest.raises(fxopt.UsageError):
+        compiles(backend="mine")

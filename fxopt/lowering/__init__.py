@@ -1,5 +1,6 @@
 """Backends: what each can take, its passes, and how a specialisation becomes something to call."""
 
-from fxopt.lowering.backend import Backend, Setting
+from fxopt.lowering import executor
+from fxopt.lowering.backend import Backend, Runner, Setting
 
-__all__ = ["Backend", "Setting"]
+__all__ = ["Backend", "Runner", "Setting", "executor"]

@@ -11,8 +11,8 @@ from torch._ops import OpOverload
 
 from fxopt import ir
 
-#: Gives the object that stands for a tensor argument at run time, or None for the tensor itself.
-Pack = Callable[[fx.Node, fx.Node, torch.Tensor], Any]
+#: Gives the object that stands for a reader's tensor argument at run time, or None for the tensor itself.
+Pack = Callable[[fx.Node, str, torch.Tensor], Any]
 
 
 class _Namespace(dict[str, Any]):
@@ -27,7 +27,8 @@ class _Namespace(dict[str, Any]):
 def build(module: fx.GraphModule, pack: Pack | None = None) -> Callable[..., tuple[Any, ...]]:
     """The function of the flat tensors that runs the graph's nodes in order and returns its flat results.
 
-    `pack(reader, attribute, tensor)` may give another object for a weight that one reader takes.
+    `pack(reader, argument, tensor)` may give another object for the weight that a reader takes as this argument, by the
+    name that its schema has for it.
     """
     names = _Namespace()
     spelled: dict[fx.Node, str] = {}
@@ -36,28 +37,33 @@ def build(module: fx.GraphModule, pack: Pack | None = None) -> Callable[..., tup
     parameters: list[str] = []
     free = _last_uses(module.graph)
 
-    def attribute(node: fx.Node, reader: fx.Node) -> str:
-        held = ir.get_attribute(module, str(node.target))
-        if isinstance(held, torch.nn.Parameter):
-            held = held.detach()
-        if pack is not None and isinstance(held, torch.Tensor):
-            special = pack(reader, node, held)
-            if special is not None:
-                return names.name_of("w", special)
+    def attribute(node: fx.Node) -> str:
         if node not in spelled:
-            spelled[node] = names.name_of("c", held)
+            spelled[node] = names.name_of("c", held_by(node))
         return spelled[node]
 
-    def spell(value: Any, reader: fx.Node) -> str:
+    def held_by(node: fx.Node) -> Any:
+        held = ir.get_attribute(module, str(node.target))
+        return held.detach() if isinstance(held, torch.nn.Parameter) else held
+
+    def argument(reader: fx.Node, name: str, value: Any) -> str:
+        if pack is not None and isinstance(value, fx.Node) and value.op == "get_attr":
+            held = held_by(value)
+            special = pack(reader, name, held) if isinstance(held, torch.Tensor) else None
+            if special is not None:
+                return names.name_of("w", special)
+        return spell(value)
+
+    def spell(value: Any) -> str:
         if isinstance(value, fx.Node):
-            return attribute(value, reader) if value.op == "get_attr" else spelled[value]
+            return attribute(value) if value.op == "get_attr" else spelled[value]
         if isinstance(value, (list, tuple)) and _has_node(value):
-            inner = ", ".join(spell(part, reader) for part in value)
+            inner = ", ".join(spell(part) for part in value)
             return f"[{inner}]" if isinstance(value, list) else f"({inner},)"
         if isinstance(value, dict) and _has_node(list(value.values())):
-            return "{" + ", ".join(f"{key!r}: {spell(part, reader)}" for key, part in value.items()) + "}"
+            return "{" + ", ".join(f"{key!r}: {spell(part)}" for key, part in value.items()) + "}"
         if isinstance(value, slice):
-            return f"slice({spell(value.start, reader)}, {spell(value.stop, reader)}, {spell(value.step, reader)})"
+            return f"slice({spell(value.start)}, {spell(value.stop)}, {spell(value.step)})"
         if value is None or type(value) in (bool, int):
             return repr(value)
         return names.name_of("k", list(value) if type(value) is fx.immutable_collections.immutable_list else value)
@@ -75,10 +81,13 @@ def build(module: fx.GraphModule, pack: Pack | None = None) -> Callable[..., tup
         if node.op == "get_attr":
             continue
         if node.op == "output":
-            lines.append(f"return {spell(tuple(node.args[0]), node) if node.args[0] else '()'}")
+            lines.append(f"return {spell(tuple(node.args[0])) if node.args[0] else '()'}")
             continue
-        arguments = [spell(argument, node) for argument in node.args]
-        arguments += [f"{name}={spell(argument, node)}" for name, argument in node.kwargs.items()]
+        schema = ir.schema(node.target)
+        given = [] if schema is None else [parameter.name for parameter in schema.arguments]
+        given += [""] * (len(node.args) - len(given))
+        arguments = [argument(node, name, value) for name, value in zip(given, node.args, strict=False)]
+        arguments += [f"{name}={argument(node, name, value)}" for name, value in node.kwargs.items()]
         spelled[node] = f"v{index}"
         if node.op == "call_function":
             called = f"{function(node.target)}({', '.join(arguments)})"

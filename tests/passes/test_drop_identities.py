@@ -225,11 +225,9 @@ def test_declines_where_somebody_could_tell(body: Body, reason: str, front_end: 
         pytest.param(written_hand_on, [SHAPE, (1, *SHAPE)], id="what a dropout hands on"),
     ],
 )
-def test_declines_a_view_that_is_changed_in_place(body: Body, shapes: list[tuple[int, ...]]) -> None:
-    """`unsqueeze_` on the view would change the shape of what it views, and the other way round."""
+def test_a_shape_changed_in_place_behind_a_view_is_nobody_elses(body: Body, shapes: list[tuple[int, ...]]) -> None:
     x = torch.randn(SHAPE)
     compiled = fxopt.compile(Network(body).eval(), (x,), passes=PASSES, backend="aten", verify=False)
-    assert any("may change the view or its input in place" in decline.reason for decline in compiled.report.declines)
     assert [tuple(leaf.shape) for leaf in compiled(x)] == shapes
 
 

@@ -1,0 +1,143 @@
+"""Matrix products within the oneDNN backend: which library multiplies, ATen's answer, weights packed once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxopt
+from fxopt.lowering import onednn_products
+from graphs import Network, operations
+from test_onednn import ACTIVATIONS, EachActivation, assert_each, assert_eager, passing, poisoned
+
+pytestmark = pytest.mark.filterwarnings("ignore::fxopt.FxoptNotice")
+
+needs_mkl = pytest.mark.skipif(not onednn_products.has_mkl(), reason="this torch is built without MKL")
+
+
+def libraries(compiled: fxopt.CompiledModule, index: int = -1) -> dict[str, int]:
+    """How many products each library has in a specialisation, the last one if none is named."""
+    found = operations(list(compiled._ready.values())[index].module)
+    names = {
+        "mkl._mkl_linear": "mkl", "mkldnn._linear_pointwise": "onednn", "linear": "aten",
+        "mkldnn._convolution_pointwise": "convolution",
+    }  # fmt: skip
+    return {names[name]: count for name, count in found.items() if name in names}
+
+
+PRODUCTS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
+    "one row": (lambda: nn.Linear(512, 512), (1, 512), "aten"),
+    "two rows": (lambda: nn.Linear(512, 512), (2, 1, 512), "aten"),
+    "a few rows": (lambda: nn.Linear(96, 64), (256, 96), "mkl"),
+    "a few rows of two dimensions": (lambda: nn.Linear(96, 64, bias=False), (4, 64, 96), "mkl"),
+    "many rows": (lambda: nn.Linear(96, 64), (513, 96), "onednn"),
+    "one pixel": (lambda: nn.Conv2d(4, 6, 1), (1, 4, 1, 1), "aten"),
+    "two images of a pixel": (lambda: nn.Conv2d(4, 6, 1, bias=False), (2, 4, 1, 1), "aten"),
+    "two pixels": (lambda: nn.Conv2d(4, 6, 1), (1, 4, 1, 2), "aten"),
+    "a few pixels": (lambda: nn.Conv2d(4, 6, 1), (2, 4, 4, 8), "mkl"),
+    "a few images of a pixel": (lambda: nn.Conv2d(4, 6, 1), (8, 4, 1, 1), "mkl"),
+    "many pixels": (lambda: nn.Conv2d(4, 6, 1), (1, 4, 5, 13), "convolution"),
+    "a larger kernel": (lambda: nn.Conv2d(4, 6, (1, 2)), (1, 4, 4, 4), "convolution"),
+    "a stride": (lambda: nn.Conv2d(4, 6, 1, stride=2), (1, 4, 4, 4), "convolution"),
+    "padding": (lambda: nn.Conv2d(4, 6, 1, padding=1), (1, 4, 2, 2), "convolution"),
+    "groups": (lambda: nn.Conv2d(4, 6, 1, groups=2), (1, 4, 4, 4), "convolution"),
+}
+rows = pytest.mark.parametrize(("layer", "shape", "library"), PRODUCTS.values(), ids=PRODUCTS.keys())
+
+
+@needs_mkl
+@rows
+@pytest.mark.parametrize("with_residual", [False, True], ids=["alone", "with a residual"])
+def test_each_library_with_every_activation_gives_atens_answer(
+    layer: Callable[[], nn.Module], shape: tuple[int, ...], library: str, with_residual: bool
+) -> None:
+    model = EachActivation(layer).eval()
+    inputs = [torch.randn(shape)]
+    if with_residual:
+        inputs.append(torch.randn(model.layers[0](inputs[0]).shape))
+    compiled = fxopt.compile(model, disable=("merge-siblings",))
+    before = [given.clone() for given in inputs]
+    assert_each(compiled(*inputs), model(*inputs))
+    assert compiled.report.backend == "onednn", compiled.report.notices
+    assert libraries(compiled) == {library: len(ACTIVATIONS)}
+    assert all(torch.equal(given, kept) for given, kept in zip(inputs, before, strict=True))
+
+
+@needs_mkl
+def test_mkls_weights_serve_one_number_of_rows_and_onednns_all_others() -> None:
+    model = Network(lambda m, x: m.linear(x), linear=nn.Linear(512, 512)).eval()
+    compiled = fxopt.compile(model, (torch.randn(64, 512),))
+    for number, library in ((64, "mkl"), (128, "onednn"), (200, "onednn"), (1, "aten")):
+        assert_eager(model, compiled, torch.randn(number, 512))
+        assert libraries(compiled) == {library: 1}
+    kinds = [key[0] for key in compiled._session.packed]
+    assert sorted(kinds) == ["linear", "mkl", "mkl rows"]
+
+
+@needs_mkl
+def test_a_weight_that_two_layers_share_is_packed_once() -> None:
+    shared = nn.Conv2d(4, 4, 1)
+    model = Network(lambda m, x: m.first(m.first(x).sin()), first=shared).eval()
+    x = torch.randn(1, 4, 4, 4)
+    compiled = fxopt.compile(model, (x,))
+    assert_eager(model, compiled, x)
+    assert libraries(compiled) == {"mkl": 2}
+    assert [key[0] for key in compiled._session.packed].count("mkl") == 1
+
+
+def test_without_mkl_onednn_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn_products, "has_mkl", lambda: False)
+    model = Network(
+        lambda m, x: m.linear(m.conv(x).flatten(2)), conv=nn.Conv2d(64, 64, 1), linear=nn.Linear(64, 64)
+    ).eval()
+    x = torch.randn(1, 64, 8, 8)
+    compiled = fxopt.compile(model, (x,))
+    assert_eager(model, compiled, x)
+    assert libraries(compiled) == {"convolution": 1, "onednn": 1}
+
+
+@needs_mkl
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_as_in_aten(value: float) -> None:
+    model, given = EachActivation(passing).eval(), poisoned(value)[:, :, :4, :4]
+    compiled = fxopt.compile(model, (torch.randn(1, 1, 4, 4),), disable=("merge-siblings",))
+    assert_each(compiled(given), model(given))
+    assert libraries(compiled) == {"mkl": len(ACTIVATIONS)}
+
+
+WRITES = {
+    "to what layouts do not reach": (
+        lambda m, x: m.linear(m.conv(x).flatten(2)) + mask(x), "onednn",
+    ),
+    "to what a convolution gives": (lambda m, x: written(m.conv(x)), "aten"),
+    "to what is computed of it": (lambda m, x: written(m.conv(x).relu() * 2), "aten"),
+}  # fmt: skip
+
+
+def mask(x: torch.Tensor) -> torch.Tensor:
+    found = x.new_zeros(4, 64)
+    found[1:3, 5:9] = 1.0
+    return found
+
+
+def written(y: torch.Tensor) -> torch.Tensor:
+    rows = y.view(y.shape[0], 4, -1)
+    rows[:, 1, 3:5] = 0.5
+    return F.relu(y) + rows.sum()
+
+
+@pytest.mark.parametrize(("body", "backend"), WRITES.values(), ids=WRITES.keys())
+def test_writes_are_onednns_where_no_stride_could_redirect_them(
+    body: Callable[[nn.Module, torch.Tensor], torch.Tensor], backend: str
+) -> None:
+    model = Network(body, conv=nn.Conv2d(3, 4, 3, padding=1), linear=nn.Linear(64, 64)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    compiled = fxopt.compile(model, (x,))
+    torch.testing.assert_close(compiled(x), model(x), rtol=2e-5, atol=2e-5)
+    assert compiled.report.backend == backend, compiled.report.notices
+    assert backend == "onednn" or any("strides could redirect" in notice for notice in compiled.report.notices)
