@@ -12,14 +12,12 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from fxopt.errors import PluginError, UsageError
+from fxopt.lowering.backend import Backend
 from fxopt.pipeline import Step
 from fxopt.rewrite import Pass
-
-if TYPE_CHECKING:
-    from fxopt.lowering.backend import Backend
 
 PASS_GROUP = "fxopt.passes"
 BACKEND_GROUP = "fxopt.backends"
@@ -61,7 +59,7 @@ def register(current: Plugin, *, origin: str = "this process") -> Plugin:
 
     Raises PluginError where the name is taken, naming both owners.
     """
-    from fxopt.lowering.backend import Backend
+
 
     if isinstance(current, Backend):
         _register_backend(current, origin)
@@ -203,7 +201,7 @@ def backend(name: str) -> Backend:
     Raises UsageError with the names there are; PluginError, with the owner, where two plugins have the name, or where
     it cannot be loaded or is no backend of that name.
     """
-    from fxopt.lowering.backend import Backend
+
 
     if name in _registered_backends:
         return _registered_backends[name][1]

@@ -41,12 +41,14 @@ LAYERS = (
     "agreement",  # of a capture with its original
     "state",  # what a model keeps between calls
     "pipeline",
+    "lowering.backend",
+    "lowering.executor",
+    "lowering",
     "plugins",
     "report",
-    "lowering.backend",
-    "lowering",
-    "lowering.executor",
     "lowering.aten",
+    "lowering.inductor",
+    "lowering.in_place",
     "lowering.onednn_operators",
     "lowering.onednn_strides",
     "lowering.onednn_products",

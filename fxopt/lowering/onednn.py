@@ -19,6 +19,7 @@ from torch import fx
 from fxopt import effects, ir, ops
 from fxopt.lowering import executor
 from fxopt.lowering.backend import Backend, Runner, Setting
+from fxopt.lowering.in_place import overwrite_operands
 from fxopt.lowering.onednn_buffers import lower_buffers
 from fxopt.lowering.onednn_convolutions import lower_convolutions, pack_convolution
 from fxopt.lowering.onednn_products import lower_linears, pack_product
@@ -76,6 +77,7 @@ PASSES = (
     Pass("onednn-convolution", run=lower_convolutions, layout=True, doc="convolutions as fused calls or products"),
     Pass("onednn-linear", run=lower_linears, layout=True, doc="linear layers as products of MKL or oneDNN"),
     Pass("onednn-strides", run=restore_strides, layout=True, numerics="bitwise", doc="results in their own strides"),
+    Pass("onednn-in-place", run=overwrite_operands, numerics="bitwise", doc="activations that overwrite their operand"),
     Pass("onednn-buffers", run=lower_buffers, layout=True, numerics="bitwise", doc="concats that grow in one memory"),
 )
 
