@@ -1,21 +1,24 @@
 # Needs Python 3.11 or newer, git and make; everything else is installed into .venv.
 #
-#   make setup   .venv with fxopt (editable) and all extras, at the versions of constraints.txt
+#   make setup   .venv with fxopt (editable) and all extras but bench, at the versions of constraints.txt
 #   make test    ruff, mypy, pytest                     make test JOBS=4 PYTEST_ARGS='-k fold'
 #   make demo    the tour: docs/demo.py
 #   make sweep   every model of the zoo: tests/sweep.py
 #   make catalogue   what the passes leave of well-known models: tests/catalogue.py
+#   make bench   runtimes against each other, docs/benchmarks.md: docs/make_benchmarks.py     BENCH_ARGS='--only resnet'
 #   make clean   what tools left behind; .venv stays
 
 PYTHON ?= python3
 JOBS ?= 2
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PEERS := $(VENV)/.peers
 
-.PHONY: setup test demo sweep catalogue clean
+.PHONY: setup test demo sweep catalogue bench clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -45,6 +48,14 @@ sweep: $(STAMP)
 
 catalogue: $(STAMP)
 	$(BIN)/python tests/catalogue.py
+
+bench: $(PEERS)
+	$(BIN)/python docs/make_benchmarks.py $(BENCH_ARGS)
+
+# The runtimes that fxopt is measured against; nothing else needs them.
+$(PEERS): $(STAMP)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[bench]'
+	touch $@
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -11,7 +11,6 @@ import demo_models
 import torch
 
 import fxopt
-from fxopt import benchmark
 
 
 def main() -> None:
@@ -27,13 +26,7 @@ def main() -> None:
         pictures = [folder / f"{name}.html", folder / f"{name}.dot"]
         for picture in pictures:
             fast.diff().save(picture)
-        eager, ours = benchmark.in_turns(build, threads=threads)
-        print(
-            f"\n{name}, batch 1, {threads} threads, each in its own process, in turns: "
-            f"eager {1000 * eager.median:.1f} ms, fxopt {1000 * ours.median:.1f} ms: "
-            f"{benchmark.speedup(eager, ours):.2f} times as fast; "
-            f"max|difference| / max|eager| = {ours.error:.1e}; compiled in {ours.build_seconds:.1f} s"
-        )
+        print(f"\neach in its own process, in turns:\n{fxopt.benchmark(build, name=name, threads=threads)}")
         print(f"before and after: open {pictures[0]}\n")
 
 

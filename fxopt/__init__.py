@@ -1,6 +1,7 @@
 """fxopt: a graph-rewriting compiler on torch.fx that shows, proves and explains what it does."""
 
 from fxopt import cost, effects, ir, ops
+from fxopt.bench import benchmark
 from fxopt.compiler import FxoptNotice, compile, trace
 from fxopt.errors import (
     CaptureError,
@@ -52,6 +53,7 @@ __all__ = [
     "VerificationError",
     "any_of",
     "backends",
+    "benchmark",
     "call",
     "compile",
     "const",

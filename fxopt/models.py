@@ -1,8 +1,8 @@
 """Models and inputs as a command line names them.
 
 A model is `package.module:factory` (`torchvision.models:resnet50`), `timm:name`, or a file's `net.py:build`; the
-factory is a class or function that needs no argument, or a module. An input is `1x3x224x224`, `1x16:int64:1000` or
-`mask=1x16:bool`, or a picture.
+factory is a class or function that needs no argument, or a module. A function may give the model's inputs with it. An
+input is `1x3x224x224`, `1x16:int64:1000` or `mask=1x16:bool`, or a picture.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from fxopt.capture.program import user_line_of_error
 from fxopt.errors import FxoptError, InputError, UsageError
@@ -40,6 +41,16 @@ def load_model(name: str, seed: int = 0) -> torch.nn.Module:
 
     Raises UsageError where nothing has that name or it needs arguments, ModelError where its code raises.
     """
+    model = _load(name, seed)
+    if isinstance(model, tuple) and model:
+        model = model[0]
+    if not isinstance(model, torch.nn.Module):
+        raise UsageError(f"{name} gives {type(model).__name__}, not an nn.Module")
+    return model
+
+
+def _load(name: str, seed: int) -> Any:
+    """What the factory of a name gives."""
     place, colon, attribute = name.rpartition(":")
     if not colon or not place or not attribute:
         raise UsageError(f"{name!r} names no model", hint=f"it is written {FORMS}")
@@ -53,10 +64,7 @@ def load_model(name: str, seed: int = 0) -> torch.nn.Module:
         sys.path.insert(0, folder)
     module = _from_file(place) if is_file else _import(place)
     factory = _attribute(module, attribute, name)
-    model = factory if isinstance(factory, torch.nn.Module) else _call(factory, name)
-    if not isinstance(model, torch.nn.Module):
-        raise UsageError(f"{name} gives {type(model).__name__}, not an nn.Module")
-    return model
+    return factory if isinstance(factory, torch.nn.Module) else _call(factory, name)
 
 
 def _from_timm(name: str) -> torch.nn.Module:
@@ -265,3 +273,69 @@ def read_picture(path: str, shape: Shape) -> torch.Tensor:
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(height, width, channels)
     plane = (pixels.permute(2, 0, 1).to(torch.float32) / 255).to(shape.dtype)
     return plane.expand(batch, -1, -1, -1).contiguous()
+
+
+# -- both ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Example:
+    """A model and its inputs by name, to be built in any process: calling it gives `(model, args, kwargs)`.
+
+    The inputs are drawn for `shapes`; without these, a factory that gives `(model, args)` or `(model, args, kwargs)`
+    has its own, and any other gets `default`. `batch` replaces the first size of the first input, and of each input
+    that has the same one; inputs of a factory are repeated for it. `randomize_norms` None randomises fresh batch norms
+    of models of installed packages, not of files.
+    """
+
+    name: str
+    shapes: tuple[Shape, ...] = ()
+    default: tuple[Shape, ...] = ()
+    batch: int | None = None
+    seed: int = 0
+    randomize_norms: bool | None = None
+
+    def __call__(self) -> tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]:
+        """Builds it. Raises UsageError and ModelError as `load_model` does."""
+        made = _load(self.name, self.seed)
+        own = isinstance(made, tuple)
+        model, args, kwargs = _parts(made, self.name) if own else (made, (), {})
+        if not isinstance(model, torch.nn.Module):
+            raise UsageError(f"{self.name} gives {type(model).__name__}, not an nn.Module")
+        randomize = self.randomize_norms
+        if randomize is None:
+            randomize = not self.name.rpartition(":")[0].endswith(".py")
+        if randomize:
+            randomize_fresh_norms(model, self.seed)
+        if own and not self.shapes:
+            return model, *self._repeated(args, kwargs)
+        shapes = self.shapes or self.default
+        if self.batch is not None and shapes:
+            given = shapes[0].sizes[0]
+            shapes = tuple(shape.with_batch(given, self.batch) for shape in shapes)
+        return model, *draw(shapes, self.seed)
+
+    def _repeated(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The inputs with another first size: their rows, again from the first where there are too few."""
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.dim()]
+        if self.batch is None or not tensors:
+            return args, kwargs
+        given = tensors[0].shape[0]
+        rows = torch.arange(self.batch) % max(1, given)
+
+        def repeat(leaf: Any) -> Any:
+            fits = isinstance(leaf, torch.Tensor) and leaf.dim() > 0 and leaf.shape[0] == given
+            return leaf[rows] if fits else leaf
+
+        found: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(repeat, (args, kwargs))
+        return found
+
+
+def _parts(made: tuple[Any, ...], name: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    kinds = [(object, (tuple, list)), (object, (tuple, list), dict)]
+    if not any(len(made) == len(kind) and all(map(isinstance, made, kind)) for kind in kinds):
+        raise UsageError(
+            f"{name} gives a tuple that is no model with its inputs",
+            hint="a function gives the model, (model, args) or (model, args, kwargs)",
+        )
+    return made[0], tuple(made[1]), dict(made[2]) if len(made) == 3 else {}

@@ -76,10 +76,21 @@ LAYERS = (
     "testing.moves",
     "testing.strategy",
     "testing",
-    "benchmark",
+    "bench.system",  # where this runs, and memory
+    "bench.runtimes",  # eager, fxopt, peers
+    "bench.result",
+    "bench.table",
+    "bench.chart",
+    "bench.worker",
+    "bench.measure",
+    "bench",
     "models",  # what the command line names
     "doctor",
     "terminal",
+    "cli.options",
+    "cli.making",  # compiling what a command line names
+    "cli.bench",
+    "cli.commands",
     "cli",
     "__main__",
 )
@@ -90,6 +101,7 @@ HANDED_DOWN = {
     ("runtime", "graphdiff"): "compiled.diff()",
     ("graphdiff", "render"): "diff.save()",
     ("graphdiff", "dot"): "diff.dot()",
+    ("bench.result", "bench.table"): "print(benchmark)",
 }
 
 

@@ -1,0 +1,83 @@
+"""docs/benchmarks.md as `make bench` writes it: which models, which tables, nothing but what is between its markers."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from fxopt.bench import Benchmark, Memory, Timing
+from fxopt.bench.result import Settings
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """docs/make_benchmarks.py, imported."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    spec = importlib.util.spec_from_file_location("make_benchmarks", DOCS / "make_benchmarks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def made(model: str, threads: int) -> Benchmark:
+    """eager, fxopt twice as fast, and a peer that is not there."""
+    memory = Memory(10**8, 3 * 10**7, 2 * 10**7)
+    timings = (
+        Timing("eager", "ok", "", (0.2,), 0.2, {}, memory, 0.0, "torch 2"),
+        Timing("fxopt", "ok", "", (0.1,), 1.5, {"capture": 0.5}, memory, 1e-7, "fxopt 1"),
+        Timing("openvino", "not installed", "pip install openvino"),
+    )
+    machine = {
+        "processor": "a fast one",
+        "cores": "2",
+        "kernels": "AVX2",
+        "system": "Linux",
+        "python": "3",
+        "torch": "2",
+    }
+    return Benchmark(f"docs/benchmark_models.py:{model}", ("1x3",), Settings(threads), machine, timings)
+
+
+def test_every_model_is_there(script: ModuleType) -> None:
+    models = sys.modules["benchmark_models"]
+    assert len(set(script.NAMES)) == 16
+    assert all(callable(getattr(models, name)) for name in script.NAMES)
+
+
+def test_the_page_has_its_markers(script: ModuleType) -> None:
+    text = (DOCS / "benchmarks.md").read_text(encoding="utf-8")
+    assert text.count(script.BEGIN) == text.count(script.END) == 1
+
+
+def test_tables_go_between_the_markers(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page, results = tmp_path / "page.md", tmp_path / "results.json"
+    page.write_text(f"before {script.BEGIN} stale {script.END} after")
+    monkeypatch.setattr(script, "PAGE", page)
+    monkeypatch.setattr(script, "CHART", tmp_path / "chart.svg")
+    script.write(results)
+    assert "Nothing has been measured yet." in page.read_text()
+    found = [made("vgg16", 2), made("resnet18", 2), made("resnet18", 1)]
+    results.write_text(json.dumps({"benchmarks": [one.to_dict() for one in found]}))
+    script.write(results)
+    text = page.read_text()
+    assert text.startswith("before ")
+    assert text.endswith(" after")
+    assert "stale" not in text
+    assert (
+        "Measured on 2 cores of a fast one (AVX2 kernels), Linux, Python 3. fxopt 1, torch 2. 7 rounds of 5 calls."
+        in text
+    )
+    assert text.index("Batch 1, 1 thread\n") < text.index("Batch 1, 2 threads\n")
+    for row in ("| resnet18 | 200 | 100 | not installed |", "| vgg16 | 1.00 | **2.00** | not installed |",
+                "| vgg16 |  | 0.5 + 1.0 |  |", "| vgg16 | 30 / 20 | 30 / 20 |  |"):  # fmt: skip
+        assert row in text
+    assert (tmp_path / "chart.svg").exists()
