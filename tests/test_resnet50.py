@@ -47,7 +47,7 @@ def model() -> torch.nn.Module:
 def test_resnet50_is_fifty_odd_fused_nodes_and_as_many_operator_calls(
     model: torch.nn.Module, front_end: str
 ) -> None:
-    x = torch.randn(1, 3, 128, 128)
+    x = torch.randn(1, 3, 224, 224)
     fast = fxopt.compile(model, (x,)) if front_end == "export" else fxopt.compile(model)
     with torch.no_grad():
         expected, actual = model(x), fast(x)
@@ -65,9 +65,12 @@ def test_resnet50_is_fifty_odd_fused_nodes_and_as_many_operator_calls(
     assert names["conv2d"] == 4  # the four shortcuts, which have no activation of their own
     assert names.total() < 60
 
-    fused = calls.counts["mkldnn::_convolution_pointwise"]
-    assert fused == 53
-    assert calls.counts.total() < 60
+    # The pointwise layers on maps of 7x7 are MKL's products, with views around them and their sums and ReLUs in place.
+    fused, products = calls.counts["mkldnn::_convolution_pointwise"], calls.counts["mkl::_mkl_linear"]
+    views = sum(calls.counts[name] for name in ("aten::permute", "aten::view", "aten::t"))
+    assert fused + products == 53
+    assert products in (0, 5)
+    assert calls.counts.total() - views - products < 60
 
 
 def test_the_portable_graph_is_plain_aten_and_gives_the_same(model: torch.nn.Module) -> None:
