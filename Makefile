@@ -6,6 +6,7 @@
 #   make sweep   every model of the zoo: tests/sweep.py
 #   make catalogue   what the passes leave of well-known models: tests/catalogue.py
 #   make bench   runtimes against each other, docs/benchmarks.md: docs/make_benchmarks.py     BENCH_ARGS='--only resnet'
+#   make ablation   what each step is worth in time, docs/ablation.md: docs/make_ablation.py     BENCH_ARGS as above
 #   make clean   what tools left behind; .venv stays
 
 PYTHON ?= python3
@@ -18,7 +19,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 
-.PHONY: setup test demo sweep catalogue bench clean
+.PHONY: setup test demo sweep catalogue bench ablation clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -51,6 +52,9 @@ catalogue: $(STAMP)
 
 bench: $(PEERS)
 	$(BIN)/python docs/make_benchmarks.py $(BENCH_ARGS)
+
+ablation: $(STAMP)
+	$(BIN)/python docs/make_ablation.py $(BENCH_ARGS)
 
 # The runtimes that fxopt is measured against; nothing else needs them.
 $(PEERS): $(STAMP)

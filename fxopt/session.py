@@ -258,7 +258,7 @@ class Session:
     def _reference(self, inputs: Inputs) -> Callable[[], list[Any]]:
         def run() -> list[Any]:
             with self._kept(), torch.autocast("cpu", enabled=False):
-                model = copy.deepcopy(self.original).double()
+                model = _in_float64(self.original)
                 wide = tuple(t.double() if t.is_floating_point() else t for t in inputs.tensors)
                 return _seeded(self._flat_original(inputs, model), inputs.with_tensors(wide))
 
@@ -459,6 +459,17 @@ def _of_leaves(module: fx.GraphModule) -> Iterator[tuple[str, torch.Tensor]]:
         if node.op == "call_module" and not effects.of(node).opaque:
             for name, tensor in ir.get_attribute(module, node.target).named_parameters():
                 yield f"{node.target}.{name}", tensor
+
+
+def _in_float64(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy of a model with its floating-point tensors in float64: each is copied once, as what it becomes."""
+    known: dict[int, Any] = {}
+    for held in (*model.parameters(), *model.buffers()):
+        if type(held) in (torch.nn.Parameter, torch.Tensor) and held.is_floating_point():
+            wide = held.detach().double()
+            wide = wide.clone() if wide.data_ptr() == held.data_ptr() else wide
+            known[id(held)] = torch.nn.Parameter(wide, held.requires_grad) if type(held) is torch.nn.Parameter else wide
+    return copy.deepcopy(model, known).double()
 
 
 def _seeded(run: Callable[..., Any], inputs: Inputs) -> list[Any]:

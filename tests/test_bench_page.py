@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -19,8 +21,13 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """docs/make_benchmarks.py, imported."""
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    spec = importlib.util.spec_from_file_location("make_benchmarks", DOCS / "make_benchmarks.py")
+    return imported("make_benchmarks", monkeypatch)
+
+
+def imported(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A script of docs, as a module."""
+    monkeypatch.setattr(sys, "path", [*sys.path, str(DOCS)])
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -81,3 +88,31 @@ def test_tables_go_between_the_markers(script: ModuleType, tmp_path: Path, monke
                 "| vgg16 |  | 0.5 + 1.0 |  |", "| vgg16 | 30 / 20 | 30 / 20 |  |"):  # fmt: skip
         assert row in text
     assert (tmp_path / "chart.svg").exists()
+
+
+def test_the_ablation_adds_one_step_in_each_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = imported("make_ablation", monkeypatch)
+    chosen = [flat(runtime.passes) for name, runtime in script.STEPS.items() if name not in ("capture", "layout")]
+    everything = flat(script.without())
+    for fewer, more in itertools.pairwise([*chosen, everything]):
+        assert set(fewer) < set(more)
+        assert [name for name in more if name in fewer] == fewer
+    heads = [head for head, _, _ in script.columns()]
+    text = (DOCS / "ablation.md").read_text(encoding="utf-8")
+    assert all(f"| {head} |" in text for head in heads)
+    assert text.count(script.BEGIN) == text.count(script.END) == 1
+
+
+def test_the_ablation_compares_each_step_with_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = imported("make_ablation", monkeypatch)
+    names = ["eager", *script.STEPS, *script.ALONE, "fxopt"]
+    seconds = dict(zip(names, (0.8, 0.8, 0.4, 0.4, 0.2, 0.2, 0.1, 0.6, 0.05), strict=True))
+    timings = tuple(Timing(name, "ok", "", (seconds[name],)) for name in names)
+    found = Benchmark("resnet18", ("1x3",), Settings(2), made("resnet18", 2).machine, timings)
+    rows = script.tables([found]).splitlines()
+    assert "| resnet18 | 800.0 | 1.33 | 1.00 | 2.00 | 1.00 | 2.00 | 1.00 | 2.00 | 2.00 | 16.00 |" in rows
+    assert rows[-1].startswith("| geometric mean | | **1.33** |")
+
+
+def flat(passes: Any) -> list[str]:
+    return [name for step in passes for name in ((step,) if isinstance(step, str) else step)]
