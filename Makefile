@@ -7,6 +7,7 @@
 #   make catalogue   what the passes leave of well-known models: tests/catalogue.py
 #   make bench   runtimes against each other, docs/benchmarks.md: docs/make_benchmarks.py     BENCH_ARGS='--only resnet'
 #   make ablation   what each step is worth in time, docs/ablation.md: docs/make_ablation.py     BENCH_ARGS as above
+#   make profile   where the time goes: docs/make_profile.py
 #   make clean   what tools left behind; .venv stays
 
 PYTHON ?= python3
@@ -19,7 +20,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 
-.PHONY: setup test demo sweep catalogue bench ablation clean
+.PHONY: setup test demo sweep catalogue bench ablation profile clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -55,6 +56,9 @@ bench: $(PEERS)
 
 ablation: $(STAMP)
 	$(BIN)/python docs/make_ablation.py $(BENCH_ARGS)
+
+profile: $(STAMP)
+	$(BIN)/python docs/make_profile.py
 
 # The runtimes that fxopt is measured against; nothing else needs them.
 $(PEERS): $(STAMP)

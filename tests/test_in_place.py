@@ -73,3 +73,22 @@ def test_what_somebody_could_miss_stays(body: Body) -> None:
     model, compiled, found = lowered(body, x)
     assert not found
     assert_equal(model, compiled, x)
+
+
+def growing(m: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    first = m.a(x)
+    second = torch.cat([first, m.b(F.silu(first))], 1)
+    third = torch.cat([second, m.c(F.silu(second))], 1)
+    return F.silu(third), m.d(second.tanh())
+
+
+def test_a_concat_in_whose_memory_another_lies_stays() -> None:
+    """Nobody else reads the last concat, but the one before lies in its memory, and is read behind it."""
+    convolutions = {"a": nn.Conv2d(3, 4, 3), "b": nn.Conv2d(4, 4, 1), "c": nn.Conv2d(8, 4, 1), "d": nn.Conv2d(8, 5, 3)}
+    model, x = Network(growing, **convolutions).eval(), torch.randn(2, 3, 11, 11)
+    compiled = fxopt.compile(model, (x,), backend="onednn", strict=True)
+    for left, right in zip(compiled(x), model(x), strict=True):
+        torch.testing.assert_close(left, right, rtol=2e-5, atol=2e-5)
+    found = operations(list(compiled._ready.values())[-1].module)
+    assert "empty_strided" in found
+    assert "silu_" not in found

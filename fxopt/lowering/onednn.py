@@ -77,8 +77,9 @@ PASSES = (
     Pass("onednn-convolution", run=lower_convolutions, layout=True, doc="convolutions as fused calls or products"),
     Pass("onednn-linear", run=lower_linears, layout=True, doc="linear layers as products of MKL or oneDNN"),
     Pass("onednn-strides", run=restore_strides, layout=True, numerics="bitwise", doc="results in their own strides"),
-    Pass("onednn-in-place", run=overwrite_operands, numerics="bitwise", doc="activations that overwrite their operand"),
     Pass("onednn-buffers", run=lower_buffers, layout=True, numerics="bitwise", doc="concats that grow in one memory"),
+    # Behind buffers: what one concat gives may lie in the memory of another, which its node alone does not show.
+    Pass("onednn-in-place", run=overwrite_operands, numerics="bitwise", doc="activations that overwrite their operand"),
 )
 
 #: The argument that a reader takes packed, and how it is packed.
