@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from benchmark_models import NAMES
 
 from fxopt import cli
-from fxopt.bench import Benchmark, chart, table
+from fxopt.bench import Benchmark, chart, means, table
 from fxopt.bench.result import EAGER, FXOPT, Timing
 
 HERE = Path(__file__).resolve().parent
@@ -87,8 +87,17 @@ def tables(benchmarks: list[Benchmark]) -> str:
         parts.append(f"## Batch {batch}, {threads} thread{'' if threads == 1 else 's'}")
         for title, says, value in OVERVIEWS:
             parts.append(f"**{title}.** {says}\n\n{table.overview(group, value)}")
+            if value is times_eager:
+                parts[-1] += mean_row(group)
     parts.append("## Every figure\n\n" + table.markdown(benchmarks))
     return "\n\n".join(parts)
+
+
+def mean_row(group: list[Benchmark]) -> str:
+    """A row for the table of ratios: the geometric mean of each runtime over the models that it answered rightly."""
+    found = {mean.runtime: mean.times_eager for mean in means(group)}
+    names = dict.fromkeys(timing.runtime for one in group for timing in one.timings)
+    return f"\n| geometric mean | {' | '.join(f'{found[name]:.2f}' if name in found else '' for name in names)} |"
 
 
 def machines(benchmarks: list[Benchmark]) -> str:
