@@ -58,10 +58,3 @@ def set_concrete_values(module: fx.GraphModule, tensors: Sequence[torch.Tensor])
             node.meta["val"] = mode.from_tensor(next(rest).detach(), static_shapes=True)
         elif node.op != "output":
             ir.update_value(node)
-
-
-def output_strides(module: fx.GraphModule) -> list[tuple[int, ...] | None]:
-    """The strides of each result, as far as values are known."""
-    output = module.graph.output_node()
-    found = [ir.fake(leaf) for leaf in output.args[0]]  # type: ignore[union-attr]
-    return [None if value is None or value.layout is not torch.strided else tuple(value.stride()) for value in found]
