@@ -110,6 +110,34 @@ def test_what_is_not_finite_is_as_in_aten(value: float) -> None:
     assert libraries(compiled) == {"mkl": len(ACTIVATIONS)}
 
 
+def read_before_and_behind(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    y = x * 2
+    first = m.conv(y)
+    y[:, 0] = 0.0
+    return first + m.conv(y)
+
+
+def given_before_and_behind(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    y = x * 2
+    residual = m.conv(x)
+    z = y.contiguous(memory_format=torch.channels_last)
+    y[:, 0] = 0.0
+    return residual + m.conv(y) + z.sum()
+
+
+@pytest.mark.parametrize("body", [read_before_and_behind, given_before_and_behind])
+@pytest.mark.parametrize("size", [4, 9], ids=["a product", "a convolution"])
+def test_what_is_written_between_two_readers_is_copied_for_each(
+    body: Callable[[nn.Module, torch.Tensor], torch.Tensor], size: int
+) -> None:
+    model = Network(body, conv=nn.Conv2d(3, 4, 1)).eval()
+    for batch in (2, 3):
+        x = torch.randn(batch, 3, size, size)
+        compiled = fxopt.compile(model, (x,), verify=False, disable=("merge-siblings",))
+        torch.testing.assert_close(compiled(x), model(x), rtol=2e-5, atol=2e-5)
+        assert compiled.report.backend == "onednn", compiled.report.notices
+
+
 WRITES = {
     "to what layouts do not reach": (
         lambda m, x: m.linear(m.conv(x).flatten(2)) + mask(x), "onednn",
