@@ -138,6 +138,25 @@ def test_what_is_written_between_two_readers_is_copied_for_each(
         assert compiled.report.backend == "onednn", compiled.report.notices
 
 
+@pytest.mark.parametrize(
+    ("body", "weight", "shape"),
+    [
+        pytest.param(lambda m, x: (F.conv2d(x, m.w), m.w.add_(1))[0], (4, 3, 3, 3), (2, 3, 9, 9), id="a convolution"),
+        pytest.param(lambda m, x: (F.conv2d(x, m.w), m.w[0].add_(1))[0], (4, 3, 1, 1), (2, 3, 4, 4), id="a product"),
+        pytest.param(lambda m, x: (F.linear(x, m.w), m.w.add_(1))[0], (64, 64), (64, 64), id="a linear layer"),
+    ],
+)
+def test_weights_that_are_written_are_never_packed(
+    body: Callable[[nn.Module, torch.Tensor], torch.Tensor], weight: tuple[int, ...], shape: tuple[int, ...]
+) -> None:
+    w, x = torch.randn(weight), torch.randn(shape)
+    model, twin = Network(body, w=w.clone()).eval(), Network(body, w=w.clone()).eval()
+    compiled = fxopt.compile(model, (x,), verify=False)
+    for _ in range(3):
+        torch.testing.assert_close(compiled(x), twin(x), rtol=2e-5, atol=2e-5)
+    assert compiled.report.backend == "aten", compiled.report.notices
+
+
 WRITES = {
     "to what layouts do not reach": (
         lambda m, x: m.linear(m.conv(x).flatten(2)) + mask(x), "onednn",

@@ -46,8 +46,17 @@ def _declines(module: fx.GraphModule, setting: Setting) -> str | None:
         found = ir.fake(node)
         if node.op == "placeholder" and found is not None and found.device.type != "cpu":
             return f"{node.name} is on {found.device}"
-    writer = _redirected(module.graph)
+    aliases = effects.Aliases.scan(module.graph)
+    for node in module.graph.nodes:
+        if node.target in _LAYERS and any(
+            operand.op == "get_attr" and aliases.writer_of(operand) is not None for operand in node.all_input_nodes
+        ):
+            return f"weights of {node.name} are written, and packed once they would stay as they were"
+    writer = _redirected(module.graph, aliases)
     return None if writer is None else f"{writer.name} writes in place, which strides could redirect"
+
+
+_LAYERS = frozenset({ops.convolution, ops.linear, aten.linear.default, *ops.CONVOLUTION_TARGETS})
 
 
 #: What these give depends on the dtype and device of their operand, not on its strides.
@@ -56,9 +65,8 @@ _STRIDE_FREE = frozenset(
 )
 
 
-def _redirected(graph: fx.Graph) -> fx.Node | None:
+def _redirected(graph: fx.Graph, aliases: effects.Aliases) -> fx.Node | None:
     """A write to what a convolution's layout may reach: with other strides a view of it could become a copy."""
-    aliases = effects.Aliases.scan(graph)
     if not aliases.writers:
         return None
     moved: set[fx.Node] = set()
