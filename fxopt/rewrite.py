@@ -255,6 +255,9 @@ class Rewriter:
         inside, writers = set(members), [node for node in members if node in aliases.writers]
         reads = {node: [user for user in node.users if user not in inside] for node in members}
         last = max(writers, default=base)
+        for writer, found in aliases.writers.items():
+            if writer not in inside and any(aliases.root(written) is root for written in found.writes):
+                return NoMatch(f"{writer.name} writes to it, and gives something else", writer)
         for node in members:
             if node in aliases.foreign:
                 return NoMatch(f"{node.name} may be memory that others hold", node)

@@ -69,7 +69,10 @@ def _run_all(base: fx.Node, rewriter: Rewriter, run: Run, small: int) -> dict[fx
     if found.numel() * found.element_size() > small:
         return f"it has {found.numel() * found.element_size()} bytes, more than {small}"
     root = aliases.root(base)
-    values: dict[fx.Node, Any] = without_values(base)
+    for writer, effect in aliases.writers.items():
+        if aliases.root(writer) is not root and any(aliases.root(written) is root for written in effect.writes):
+            return f"{writer.name} writes to it, and gives something else"
+    values: dict[fx.Node, Any] = {}
     for node in rewriter.graph.nodes:
         if node.op == "output" or aliases.root(node) is not root:
             continue
@@ -77,14 +80,17 @@ def _run_all(base: fx.Node, rewriter: Rewriter, run: Run, small: int) -> dict[fx
             return f"{node.name} shares it, and what it does is not known"
         if effects.of(node).random:
             return f"{node.name} fills it with random numbers"
+        stand_in = without_values(node) if node is base else {}
         for operand in node.all_input_nodes:
+            if operand in stand_in:
+                continue
             held = ir.tensor(operand)
             if operand in values:
                 continue
             if held is None or aliases.writer_of(operand) is not None:
                 return f"{node.name} reads {operand.name}, which is no constant"
             values[operand] = held
-        result = run(node, values)
+        result = run(node, {**values, **stand_in})
         if isinstance(result, str):
             return result
         values[node] = result

@@ -92,3 +92,23 @@ def test_a_concat_in_whose_memory_another_lies_stays() -> None:
     found = operations(list(compiled._ready.values())[-1].module)
     assert "empty_strided" in found
     assert "silu_" not in found
+
+
+def test_what_lies_in_the_memory_of_an_out_argument_stays() -> None:
+    def body(m: Any, x: torch.Tensor) -> torch.Tensor:
+        before = m.kept.sum()
+        return F.silu(torch.add(x.cumsum(0), x, out=m.kept)).sum() + before
+
+    ours, theirs = (Network(body, kept=torch.zeros(6, 6)).eval() for _ in range(2))
+    x = torch.randn(6, 6)
+    compiled = fxopt.compile(ours, (x,), backend="onednn", passes=(), strict=True)
+    for _ in range(3):
+        torch.testing.assert_close(compiled(x), theirs(x))
+
+
+def test_a_callers_tensor_that_is_an_out_argument_is_left_as_eager_leaves_it() -> None:
+    model = Network(lambda m, x: F.relu(torch.add(x.cumsum(0), 1.0, out=x)).sum()).eval()
+    x, y = (torch.linspace(-3, 3, 36).reshape(6, 6) for _ in range(2))
+    compiled = fxopt.compile(model, (x.clone(),), backend="onednn", passes=(), strict=True)
+    torch.testing.assert_close(compiled(x), model(y))
+    torch.testing.assert_close(x, y)

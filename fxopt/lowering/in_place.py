@@ -54,8 +54,10 @@ def _own(node: fx.Node) -> bool:
 
 def _fresh(node: fx.Node) -> bool:
     """Whether a value lies in memory that the graph computed, and that only a chain of in-place operators has seen."""
-    while effects.of(node).writes:
-        node = node.all_input_nodes[0]
+    while found := effects.of(node).writes:
+        if found != node.args[:1] or effects.of(node).opaque:
+            return False  # `out=`, say: what it gives lies in another operand's memory
+        node = found[0]
         if len(node.users) != 1:
             return False
     return isinstance(node.target, OpOverload) and not effects.of(node).aliases

@@ -107,6 +107,27 @@ def test_declines(body: Body, reason: str) -> None:
             assert left.data_ptr() != x.data_ptr()
 
 
+@pytest.mark.parametrize("backend", ["aten", "onednn"])
+def test_declines_what_a_norm_in_training_mode_writes_beside_its_result(backend: str) -> None:
+    def body(m: Any, x: torch.Tensor) -> torch.Tensor:
+        mean, variance = x.new_zeros(3), x.new_ones(3)
+        y = F.batch_norm(x, mean, variance, training=True, momentum=0.5)
+        return y * variance + mean
+
+    model, x = model_of(body), torch.randn(5, 3)
+    compiled = fxopt.compile(model, (x,), backend=backend, strict=True)
+    for _ in range(3):
+        torch.testing.assert_close(compiled(x), model(x))
+    assert_declined_somewhere(compiled, "written", "writes to it, and gives something else")
+
+
+def test_a_factorys_own_operand_is_no_constant_to_others() -> None:
+    model = model_of(lambda m, x: [k := x.new_zeros(()), torch.ops.aten.sum.out(x, out=k), x + k][-1])
+    x = torch.randn(6)
+    compiled = fxopt.compile(model, (x,), passes=PASSES, backend="aten", strict=True, verify=False)
+    assert torch.equal(compiled(x), model(x))
+
+
 def test_a_size_that_the_batch_decides_waits() -> None:
     model = model_of(lambda m, x: [k := x.new_zeros((x.shape[0], 1, 1, 6)), k[:1].fill_(2), x + k][-1])
     x = torch.randn(3, *SHAPE[1:])
