@@ -55,6 +55,8 @@ _MAY_RETURN_INPUT = frozenset(
         aten.feature_alpha_dropout.default,
     }
 )
+#: Operators that give views of their input, though their schema says fresh.
+_UNTOLD_VIEWS = frozenset({aten.unsafe_split.Tensor, aten.unsafe_split_with_sizes.default})
 
 #: torch's own modules that stay opaque and whose forward, in eval mode, writes nothing and draws nothing.
 PURE_MODULES: tuple[type[torch.nn.Module], ...] = (
@@ -156,6 +158,8 @@ def _of_operator(node: fx.Node, target: OpOverload) -> Effects:
     if target in _MAY_RETURN_INPUT:
         random = bool(given["train"]) and given["p"] != 0  # at p = 0 the input comes back as it is
         viewed += _operands(given["input"])
+    elif target in _UNTOLD_VIEWS:
+        viewed += _operands(given["self"])
     elif target is aten.scaled_dot_product_attention.default:
         random = given["dropout_p"] != 0.0
     elif not viewed and target not in _FRESH_COMPOSITES and _is_composite(target):

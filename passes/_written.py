@@ -57,7 +57,9 @@ def fold(rewriter: Rewriter, run: Run, small: int, rule: str) -> int:
 
 
 def _constant(rewriter: Rewriter, values: dict[fx.Node, Any], member: fx.Node) -> fx.Node:
-    return rewriter.constant(values[member].clone(), f"{member.name}_folded", keep_strides=True)
+    with torch.inference_mode(False), torch.no_grad():  # autograd could not use an inference tensor later
+        kept = values[member].clone()
+    return rewriter.constant(kept, f"{member.name}_folded", keep_strides=True)
 
 
 def _run_all(base: fx.Node, rewriter: Rewriter, run: Run, small: int) -> dict[fx.Node, Any] | str:

@@ -128,6 +128,24 @@ def test_a_factorys_own_operand_is_no_constant_to_others() -> None:
     assert torch.equal(compiled(x), model(x))
 
 
+def test_parts_by_unsafe_split_are_views_that_are_handed_out() -> None:
+    model = model_of(lambda m, x: [k := x.new_zeros(6), k[2:].fill_(2), (x + 1, torch.unsafe_split(k, 2)[0])][-1])
+    x = torch.randn(SHAPE)
+    compiled = fxopt.compile(model, (x,), passes=PASSES, backend="aten")
+    compiled(x)[1].fill_(9)
+    assert torch.equal(compiled(x)[1], model(x)[1])
+
+
+def test_what_is_folded_under_inference_mode_serves_gradients_later() -> None:
+    model = model_of(lambda m, x: [k := x.new_zeros(6), k[2:].fill_(2), x * k][-1])
+    with torch.inference_mode():
+        compiled = fxopt.compile(model, (torch.randn(SHAPE),), passes=PASSES)
+        compiled(torch.randn(SHAPE))
+    given = torch.randn(SHAPE, requires_grad=True)
+    compiled(given).sum().backward()
+    assert given.grad is not None
+
+
 def test_a_size_that_the_batch_decides_waits() -> None:
     model = model_of(lambda m, x: [k := x.new_zeros((x.shape[0], 1, 1, 6)), k[:1].fill_(2), x + k][-1])
     x = torch.randn(3, *SHAPE[1:])
