@@ -73,10 +73,11 @@ def channels_last(rewriter: Rewriter, node: fx.Node) -> fx.Node:
     order = torch.channels_last if found.dim() == 4 else torch.channels_last_3d
     if found.is_contiguous(memory_format=order):
         return node
-    if rewriter.aliases.writer_of(node) is None:  # else what was copied before may be older than what is read here
-        for user in node.users:
-            if user.target is aten.contiguous.default and user.kwargs.get("memory_format") == order:
+    for user in node.users:
+        if user.target is aten.contiguous.default and user.kwargs.get("memory_format") == order:
+            if rewriter.aliases.writer_of(node) is None:  # else the copy may be older than what is read here
                 return user
+            break
     return rewriter.call(aten.contiguous.default, node, memory_format=order)
 
 
