@@ -48,7 +48,7 @@ class InstalledBackend:
     origin: str
 
 
-Plugin = TypeVar("Plugin", Pass, "Backend")
+Plugin = TypeVar("Plugin", Pass, Backend)
 
 _registered: dict[str, Installed] = {}
 _registered_backends: dict[str, tuple[InstalledBackend, Backend]] = {}
@@ -59,8 +59,6 @@ def register(current: Plugin, *, origin: str = "this process") -> Plugin:
 
     Raises PluginError where the name is taken, naming both owners.
     """
-
-
     if isinstance(current, Backend):
         _register_backend(current, origin)
         return current
@@ -201,8 +199,6 @@ def backend(name: str) -> Backend:
     Raises UsageError with the names there are; PluginError, with the owner, where two plugins have the name, or where
     it cannot be loaded or is no backend of that name.
     """
-
-
     if name in _registered_backends:
         return _registered_backends[name][1]
     claims = _backends()[0].get(name)

@@ -84,11 +84,9 @@ def _run_all(base: fx.Node, rewriter: Rewriter, run: Run, small: int) -> dict[fx
             return f"{node.name} fills it with random numbers"
         stand_in = without_values(node) if node is base else {}
         for operand in node.all_input_nodes:
-            if operand in stand_in:
+            if operand in stand_in or operand in values:
                 continue
             held = ir.tensor(operand)
-            if operand in values:
-                continue
             if held is None or aliases.writer_of(operand) is not None:
                 return f"{node.name} reads {operand.name}, which is no constant"
             values[operand] = held

@@ -56,9 +56,8 @@ def _declines(module: fx.GraphModule, setting: Setting) -> str | None:
     return None if writer is None else f"{writer.name} writes in place, which strides could redirect"
 
 
+#: Layers whose weights are packed once.
 _LAYERS = frozenset({ops.convolution, ops.linear, aten.linear.default, *ops.CONVOLUTION_TARGETS})
-
-
 #: What these give depends on the dtype and device of their operand, not on its strides.
 _STRIDE_FREE = frozenset(
     {aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default}
@@ -90,24 +89,24 @@ PASSES = (
     Pass("onednn-in-place", run=overwrite_operands, numerics="bitwise", doc="activations that overwrite their operand"),
 )
 
-#: The argument that a reader takes packed, and how it is packed.
-_PACKED: dict[Any, tuple[str, Callable[[fx.Node, torch.Tensor, dict[Any, Any]], Any]]] = {
-    mkldnn._convolution_pointwise.default: ("W", pack_convolution),
-    mkldnn._convolution_pointwise.binary: ("W", pack_convolution),
-    mkldnn._convolution_transpose_pointwise.default: ("W", pack_convolution),
-    mkldnn._linear_pointwise.default: ("W", pack_product),
-    mkldnn._linear_pointwise.binary: ("W", pack_product),
+#: How the argument that an operator takes packed is packed.
+_PACKED: dict[tuple[Any, str], Callable[[fx.Node, torch.Tensor, dict[Any, Any]], Any]] = {
+    (mkldnn._convolution_pointwise.default, "W"): pack_convolution,
+    (mkldnn._convolution_pointwise.binary, "W"): pack_convolution,
+    (mkldnn._convolution_transpose_pointwise.default, "W"): pack_convolution,
+    (mkldnn._linear_pointwise.default, "W"): pack_product,
+    (mkldnn._linear_pointwise.binary, "W"): pack_product,
 }
 if hasattr(torch.ops.mkl, "_mkl_linear"):
-    _PACKED[torch.ops.mkl._mkl_linear.default] = ("MKL_W", pack_product)
+    _PACKED[torch.ops.mkl._mkl_linear.default, "MKL_W"] = pack_product
 
 
 def _build(module: fx.GraphModule, packed: dict[Any, Any]) -> Runner:
     ops.decompose_all(module)
 
     def pack(reader: fx.Node, argument: str, weight: torch.Tensor) -> Any:
-        wanted, how = _PACKED.get(reader.target, ("", pack_product))
-        return how(reader, weight, packed) if argument == wanted and wanted else None
+        found = _PACKED.get((reader.target, argument))
+        return None if found is None else found(reader, weight, packed)
 
     run = executor.build(module, pack)
 

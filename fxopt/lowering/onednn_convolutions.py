@@ -9,10 +9,9 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from fxopt import ir, ops
+from fxopt import effects, ir, ops
 from fxopt.lowering import onednn_operators as onednn
 from fxopt.lowering import onednn_products as products
-from fxopt.lowering.onednn_strides import STRIDED
 from fxopt.pattern import NoMatch
 from fxopt.rewrite import Rewriter
 
@@ -60,7 +59,7 @@ def lower_convolutions(rewriter: Rewriter) -> None:
 def _settle_strides(rewriter: Rewriter, node: fx.Node, moved: set[fx.Node]) -> None:
     """Infers again what a node gives, where it reads values in `moved`, whose strides lowering has changed."""
     before = ir.value(node)
-    if before is None or node.target in STRIDED or moved.isdisjoint(node.all_input_nodes):
+    if before is None or node.target in effects.STRIDED or moved.isdisjoint(node.all_input_nodes):
         return
     after = ir.infer(node)
     if after is not None and _layout(after) != _layout(before):

@@ -49,21 +49,12 @@ def activation(rewriter: Rewriter, node: fx.Node, name: str, numbers: list[float
     """An activation that oneDNN does not fuse, as ATen's operator."""
     if name == "none":
         return node
+    if name == "relu6":  # the same, and it has a kernel that overwrites
+        name, numbers = "hardtanh", [0.0, 6.0]
     target, extra = ops.ACTIVATIONS[name]
     if name == "gelu_tanh":
         return rewriter.call(target, node, approximate="tanh")
     return rewriter.call(target, node, *extra(numbers))
-
-
-def activation_in_place(rewriter: Rewriter, node: fx.Node, name: str, numbers: list[float]) -> fx.Node:
-    """An activation as ATen's operator, on a value that nobody else reads: it is overwritten."""
-    if name in ("none", "relu6"):  # relu6 has no kernel of its own in place
-        return activation(rewriter, node, *(("clamp", [0.0, 6.0]) if name == "relu6" else (name, numbers)))
-    target, extra = ops.ACTIVATIONS[name]
-    written = getattr(getattr(aten, f"{target._opname}_"), target._overloadname)
-    if name == "gelu_tanh":
-        return rewriter.call(written, node, approximate="tanh")
-    return rewriter.call(written, node, *extra(numbers))
 
 
 def channels_last(rewriter: Rewriter, node: fx.Node) -> fx.Node:

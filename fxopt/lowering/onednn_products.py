@@ -4,8 +4,9 @@
     conv(x, W, b), 1x1 kernel  ->  the same product, over the channels of each pixel, where there are few pixels
 
 A row is what the weights are multiplied with: a token, a pixel. ATen's product is MKL's on plain weights, as fast as
-any where the weights are read once, and it needs no second copy of them. MKL has no fused activation: it is applied in
-place. What was measured, on two cores with AVX-512, stands beside each bound; `fxopt bench` measures it elsewhere.
+any where the weights are read once, and it needs no second copy of them. MKL fuses no activation: ATen's stands behind
+it, and overwrites its operand (see `in_place.py`). What was measured, on two cores with AVX-512, stands beside each
+bound; `fxopt bench` measures it elsewhere.
 """
 
 from __future__ import annotations
@@ -120,8 +121,8 @@ def _product(
         result = rewriter.call_as(value, mkldnn._linear_pointwise.default, source, weight, bias, *epilogue)
         name = "none" if fused else name
     if residual is not None:
-        result = rewriter.call(aten.add_.Tensor, result, residual)
-    return onednn.activation_in_place(rewriter, result, name, numbers)
+        result = rewriter.call(aten.add.Tensor, result, residual)
+    return onednn.activation(rewriter, result, name, numbers)
 
 
 # -- pointwise convolutions ------------------------------------------------------------------------------------------

@@ -10,9 +10,6 @@ from fxopt.rewrite import Rewriter
 
 aten = torch.ops.aten
 
-#: Beside opaque nodes, operators whose meaning depends on the strides of what they read.
-STRIDED = (aten.as_strided.default, aten.view_as_complex.default, aten.view_as_real.default, aten.view.dtype)
-
 
 def restore_strides(rewriter: Rewriter) -> None:
     """What the model hands out, and what opaque or stride-reading nodes take, has the strides it has without lowering.
@@ -22,7 +19,7 @@ def restore_strides(rewriter: Rewriter) -> None:
     """
     restored: dict[fx.Node, fx.Node] = {}
     for node in list(rewriter.graph.nodes):
-        opaque = effects.of(node).opaque or node.op == "call_module" or node.target in STRIDED
+        opaque = effects.of(node).opaque or node.op == "call_module" or node.target in effects.STRIDED
         if node.op == "output" or opaque:
             for operand in node.all_input_nodes:
                 _restore(rewriter, node, operand, restored)
