@@ -127,34 +127,38 @@ def compare(
     expected: Sequence[Any],
     actual: Sequence[Any],
     *,
+    inputs: Sequence[str] = (),
     reference: Callable[[], Sequence[Any]] | None = None,
     bitwise: bool = False,
 ) -> Verdict:
-    """Whether the flat results `actual` are those `expected`.
+    """Whether the flat results `actual` are those `expected`. The last of them may be inputs as a call left them, which
+    `inputs` names.
 
     `reference` computes the same results in float64, and is asked only where the difference is not obviously rounding.
     With `bitwise` any difference is wrong.
     """
     if len(expected) != len(actual):
-        reason = f"{len(actual)} results instead of {len(expected)}"
+        reason = f"{len(actual) - len(inputs)} results instead of {len(expected) - len(inputs)}"
         return Verdict(False, math.inf, (), reason)
+    names = [f"output {index}" for index in range(len(expected) - len(inputs))]
+    names += [f"input {name}, after the call," for name in inputs]
     errors = tuple(_compare_leaf(i, e, a) for i, (e, a) in enumerate(zip(expected, actual, strict=True)))
     worst = max((error.relative for error in errors), default=0.0)
     broken = next((error for error in errors if error.reason), None)
     if broken is not None:
-        return Verdict(False, worst, errors, f"output {broken.index} has {broken.reason}")
+        return Verdict(False, worst, errors, f"{names[broken.index]} has {broken.reason}")
     suspects = [
         error.index for error in errors if error.relative > (0.0 if bitwise else _rounding(expected[error.index]))
     ]
     if not suspects:
         return Verdict(True, worst, errors)
     first = suspects[0]
-    said = f"output {first} is off by {errors[first].relative:.1e}"
+    said = f"{names[first]} is off by {errors[first].relative:.1e}"
     if bitwise:
         return Verdict(False, worst, errors, said + ", and the same bits were asked for")
     if math.isinf(worst):
         infinite = next(index for index in suspects if math.isinf(errors[index].relative))
-        return Verdict(False, worst, errors, f"output {infinite} is off where the original is zero or not finite")
+        return Verdict(False, worst, errors, f"{names[infinite]} is off where the original is zero or not finite")
     exact = None
     if reference is not None:
         try:
@@ -163,7 +167,7 @@ def compare(
             said += f" (and the model does not run in float64: {type(error).__name__}: {str(error).splitlines()[0]})"
     if exact is None or len(exact) != len(expected):
         return Verdict(False, worst, errors, said)
-    return _settle(expected, actual, exact, errors, suspects)
+    return _settle(expected, actual, exact, errors, {index: names[index] for index in suspects})
 
 
 def _rounding(expected: Any) -> float:
@@ -175,17 +179,17 @@ def _settle(
     actual: Sequence[Any],
     exact: Sequence[Any],
     errors: tuple[OutputError, ...],
-    suspects: list[int],
+    suspects: dict[int, str],
 ) -> Verdict:
     worst = max(error.relative for error in errors)
     largest = (0.0, 0.0)
-    for index in suspects:
+    for index, name in suspects.items():
         original = relative_error(exact[index], expected[index])
         compiled = relative_error(exact[index], actual[index])
         largest = max(largest, (compiled, original))
         if compiled > REFERENCE_FACTOR * original + REFERENCE_UNITS * unit(expected[index].dtype):
             reason = (
-                f"output {index} misses the float64 reference by {compiled:.1e}, the original by {original:.1e} only"
+                f"{name} misses the float64 reference by {compiled:.1e}, the original by {original:.1e} only"
             )
             return Verdict(False, worst, errors, reason, original, compiled)
     return Verdict(True, worst, errors, "", largest[1], largest[0])

@@ -38,7 +38,9 @@ from fxopt.program import (
     make_program,
 )
 from fxopt.report import Report
+from fxopt.signature import lowering_key, proof_state, rare
 from fxopt.state import KeptState, privatise
+from fxopt.trial import in_float64, left, seeded
 
 #: How many captures a model keeps.
 MOST_PROGRAMS = 8
@@ -123,9 +125,9 @@ class Session:
         """
         setting = Setting.now(inputs.tensors)
         program = self._program_for(inputs, setting)
-        first, state = not program.proven, _state(program, inputs, setting)
+        first, state = not program.proven, proof_state(program, inputs, setting)
         fresh = state not in program.proven
-        key = _lowering_key(inputs, setting)
+        key = lowering_key(inputs, setting)
         known = program.lowered.get(key)
         if known is not None and (not fresh or self._serves(known, inputs)):
             program.proven.add(state)
@@ -178,7 +180,7 @@ class Session:
             if refusal is not None:
                 refusals.append(refusal)
                 continue
-            if _state(program, inputs, setting) in program.proven:
+            if proof_state(program, inputs, setting) in program.proven:
                 return program
             difference = self._disagreement(program, inputs)
             if difference is None:
@@ -198,7 +200,7 @@ class Session:
         program = self._capture(inputs, dynamic)
         if dynamic is None and grad:
             return program
-        suspect = not grad or _rare(program, inputs)
+        suspect = not grad or rare(program, inputs)
         difference = program.guards.refusal(inputs) or (self._disagreement(program, inputs) if suspect else None)
         if difference is not None:
             self.programs.remove(program)
@@ -239,7 +241,7 @@ class Session:
     def _run_original(self, inputs: Inputs, because: Exception | None = None) -> list[Any]:
         try:
             with self._kept() as kept:
-                results = kept.apart(_seeded(self._flat_original(inputs), inputs))
+                results = kept.apart(seeded(self._flat_original(inputs), inputs))
                 self.restless = kept.changed()
                 return results
         except Exception as error:
@@ -258,9 +260,9 @@ class Session:
     def _reference(self, inputs: Inputs) -> Callable[[], list[Any]]:
         def run() -> list[Any]:
             with self._kept(), torch.autocast("cpu", enabled=False):
-                model = _in_float64(self.original)
+                model = in_float64(self.original)
                 wide = tuple(t.double() if t.is_floating_point() else t for t in inputs.tensors)
-                return _seeded(self._flat_original(inputs, model), inputs.with_tensors(wide))
+                return seeded(self._flat_original(inputs, model), inputs.with_tensors(wide))
 
         return run
 
@@ -268,6 +270,7 @@ class Session:
         return compare(
             list(expected),
             list(actual),
+            inputs=left(inputs),
             reference=self._reference(inputs),
             bitwise=self.options.numerics == "bitwise",
         )
@@ -321,7 +324,7 @@ class Session:
         """A forward that changes plain attributes is run once more: a capture has what they were at its time."""
         original = self._flat_original(inputs)
         with self._kept() as kept:
-            _seeded(original, inputs)
+            seeded(original, inputs)
             kept.put_back()
             difference = agreement.disagreement(original, program.captured.module, inputs.tensors, kept.put_back)
         if difference is not None:
@@ -332,12 +335,12 @@ class Session:
 
     def _run(self, made: Specialisation, inputs: Inputs) -> Sequence[Any]:
         with self._kept(made.module) as kept:
-            return kept.apart(_seeded(made.run, inputs))
+            return kept.apart(seeded(made.run, inputs))
 
     def _run_graph(self, module: fx.GraphModule, inputs: Inputs) -> Sequence[Any]:
         run = plugins.backend("aten").build(module, {})
         with self._kept(module) as kept:
-            return kept.apart(_seeded(run, inputs))
+            return kept.apart(seeded(run, inputs))
 
     def _without_the_guilty(
         self, program: Program, expected: Sequence[Any], inputs: Inputs, backend: str
@@ -459,53 +462,3 @@ def _of_leaves(module: fx.GraphModule) -> Iterator[tuple[str, torch.Tensor]]:
         if node.op == "call_module" and not effects.of(node).opaque:
             for name, tensor in ir.get_attribute(module, node.target).named_parameters():
                 yield f"{node.target}.{name}", tensor
-
-
-def _in_float64(model: torch.nn.Module) -> torch.nn.Module:
-    """A copy of a model with its floating-point tensors in float64: each is copied once, as what it becomes."""
-    known: dict[int, Any] = {}
-    for held in (*model.parameters(), *model.buffers()):
-        if type(held) in (torch.nn.Parameter, torch.Tensor) and held.is_floating_point():
-            wide = held.detach().double()
-            wide = wide.clone() if wide.data_ptr() == held.data_ptr() else wide
-            known[id(held)] = torch.nn.Parameter(wide, held.requires_grad) if type(held) is torch.nn.Parameter else wide
-    return copy.deepcopy(model, known).double()
-
-
-def _seeded(run: Callable[..., Any], inputs: Inputs) -> list[Any]:
-    """Runs on copies of the inputs (a model may write to them), with one and the same seed each time."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return list(run(*[agreement.copied(tensor) for tensor in inputs.tensors]))
-
-
-def _rare(program: Program, inputs: Inputs) -> bool:
-    """Whether a size that the program leaves open is 0 or 1, which a capture can be wrong about."""
-    return any(size in (0, 1) for size in program.guards.dynamic_sizes(inputs))
-
-
-def _stride_order(tensor: torch.Tensor) -> tuple[int, ...]:
-    """The dimensions from the largest stride to the smallest; () for an empty tensor."""
-    if not math.prod(tensor.shape) or tensor.layout is not torch.strided:
-        return ()
-    strides = tensor.stride()
-    return tuple(sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], dim)))
-
-
-def _lowering_key(inputs: Inputs, setting: Setting) -> Any:
-    """What the lowering of a program for a call depends on."""
-    layouts = [tensor.stride() if tensor.layout is torch.strided else tensor.layout for tensor in inputs.tensors]
-    kinds = [(tensor.shape, tensor.dtype, tensor.device) for tensor in inputs.tensors]
-    return (*kinds, *layouts, setting)
-
-
-def _state(program: Program, inputs: Inputs, setting: Setting) -> Any:
-    """What a capture may be wrong about although its guards hold: proven once for each."""
-    sizes = tuple(min(size, 2) for size in program.guards.dynamic_sizes(inputs))
-    orders = tuple(
-        (_stride_order(tensor), tensor.is_contiguous(), tensor.dtype, tensor.device) for tensor in inputs.tensors
-    )
-    kinds = tuple(tensor.dim() for tensor in inputs.tensors)
-    grad = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), tuple(t.requires_grad for t in inputs.tensors))
-    return (sizes, orders, kinds, grad, setting.autocast)
-

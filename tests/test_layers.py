@@ -56,6 +56,8 @@ LAYERS = (
     "lowering.onednn_buffers",
     "lowering.onednn",
     "program",  # one capture, rewritten, and lowered for each signature
+    "signature",  # what a program's lowering for a call depends on
+    "trial",  # runs that only compare
     "session",  # all captures of one compiled model
     "frozen",  # a session as plain data
     "runtime",

@@ -77,6 +77,55 @@ def test_strict_raises_where_a_backend_is_wrong() -> None:
         fxopt.compile(convnet(), (image(),), backend="lying", strict=True)
 
 
+def scribbling(build: Any) -> Backend:
+    """A backend that gives the right answer, and overwrites what it was given."""
+
+    def wrong(module: fx.GraphModule, packed: dict[Any, Any]) -> Any:
+        run = build(module, packed)
+
+        def call(*tensors: torch.Tensor) -> Any:
+            results = run(*tensors)
+            for tensor in tensors:
+                tensor.zero_()
+            return results
+
+        return call
+
+    return Backend("scribbling", "reassociate", lambda module, setting: None, wrong)
+
+
+@front_ends
+def test_a_backend_that_writes_to_the_inputs_is_replaced_and_named(front_end: str) -> None:
+    fxopt.register(scribbling(plugins.backend("aten").build))
+    try:
+        given = image()
+        compiled = fxopt.compile(convnet(), (given,) if front_end == "export" else None, backend="scribbling")
+        before = given.clone()
+        compiled(given)
+    finally:
+        plugins.unregister("scribbling")
+    assert torch.equal(given, before)
+    assert compiled.report.backend == "aten"
+    said = "backend scribbling gave another answer, aten runs instead: input args[0], after the call, misses"
+    assert any(notice.startswith(said) for notice in compiled.report.notices)
+
+
+class Counts(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mul_(1.0009765).sum()
+
+
+@front_ends
+def test_inputs_that_the_model_writes_to_are_compared_as_it_leaves_them(front_end: str) -> None:
+    given = image()
+    compiled = fxopt.compile(Counts(), (given.clone(),) if front_end == "export" else None)
+    twin = given.clone()
+    torch.testing.assert_close(compiled(given), Counts()(twin))
+    assert torch.equal(given, twin)
+    assert compiled.report.verdict is not None
+    assert len(compiled.report.verdict.outputs) == 2
+
+
 def test_a_difference_that_looks_large_is_settled_in_float64() -> None:
     """Sums that cancel: float32 itself is far off, and the fold may be as far."""
     model = nn.Sequential(nn.Conv2d(64, 1, 1, bias=False), nn.BatchNorm2d(1)).eval()

@@ -88,6 +88,12 @@ class Inputs:
         return tuple(leaf for leaf in self.leaves if isinstance(leaf, torch.Tensor))
 
     @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """Their names."""
+        found = zip(self.names, self.leaves, strict=True)
+        return tuple(name for name, leaf in found if isinstance(leaf, torch.Tensor))
+
+    @property
     def constants(self) -> dict[int, Any]:
         """The leaves that are not, by position: constants of the capture."""
         return {index: leaf for index, leaf in enumerate(self.leaves) if not isinstance(leaf, torch.Tensor)}

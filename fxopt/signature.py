@@ -1,0 +1,43 @@
+"""What the program for a call depends on beyond its guards: what lowering looks at, and what must be proved once."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from fxopt.capture import Inputs
+from fxopt.lowering.backend import Setting
+from fxopt.program import Program
+
+
+def lowering_key(inputs: Inputs, setting: Setting) -> Any:
+    """What the lowering of a program for a call depends on."""
+    layouts = [tensor.stride() if tensor.layout is torch.strided else tensor.layout for tensor in inputs.tensors]
+    kinds = [(tensor.shape, tensor.dtype, tensor.device) for tensor in inputs.tensors]
+    return (*kinds, *layouts, setting)
+
+
+def proof_state(program: Program, inputs: Inputs, setting: Setting) -> Any:
+    """What a capture may be wrong about although its guards hold: proven once for each."""
+    sizes = tuple(min(size, 2) for size in program.guards.dynamic_sizes(inputs))
+    orders = tuple(
+        (_stride_order(tensor), tensor.is_contiguous(), tensor.dtype, tensor.device) for tensor in inputs.tensors
+    )
+    kinds = tuple(tensor.dim() for tensor in inputs.tensors)
+    grad = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), tuple(t.requires_grad for t in inputs.tensors))
+    return (sizes, orders, kinds, grad, setting.autocast)
+
+
+def rare(program: Program, inputs: Inputs) -> bool:
+    """Whether a size that the program leaves open is 0 or 1, which a capture can be wrong about."""
+    return any(size in (0, 1) for size in program.guards.dynamic_sizes(inputs))
+
+
+def _stride_order(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The dimensions from the largest stride to the smallest; () for an empty tensor."""
+    if not math.prod(tensor.shape) or tensor.layout is not torch.strided:
+        return ()
+    strides = tensor.stride()
+    return tuple(sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], dim)))
