@@ -151,7 +151,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "a convolution": (lambda: nn.Conv2d(4, 6, 3, padding=1), (2, 4, 9, 9)),
     "a grouped, strided, dilated convolution": (lambda: nn.Conv2d(4, 6, 3, 2, 2, 2, groups=2), (2, 4, 11, 11)),
     "a depthwise convolution": (lambda: nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False), (2, 4, 9, 9)),
-    "a 1x1 convolution": (lambda: nn.Conv2d(4, 6, 1), (2, 4, 9, 9)),
+    "a strided 1x1 convolution": (lambda: nn.Conv2d(4, 6, 1, 2), (2, 4, 9, 9)),
     "a 3d convolution": (lambda: nn.Conv3d(3, 4, 3, padding=1), (2, 3, 5, 6, 7)),
     "a transposed convolution": (lambda: nn.ConvTranspose2d(4, 6, 3, 2, 1, 1), (2, 4, 7, 7)),
     "a grouped transposed convolution": (lambda: nn.ConvTranspose2d(4, 6, 3, groups=2), (2, 4, 7, 7)),

@@ -41,7 +41,9 @@ PRODUCTS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
     "two pixels": (lambda: nn.Conv2d(4, 6, 1), (1, 4, 1, 2), "aten"),
     "a few pixels": (lambda: nn.Conv2d(4, 6, 1), (2, 4, 4, 8), "mkl"),
     "a few images of a pixel": (lambda: nn.Conv2d(4, 6, 1), (8, 4, 1, 1), "mkl"),
-    "many pixels": (lambda: nn.Conv2d(4, 6, 1), (1, 4, 5, 13), "convolution"),
+    "many pixels of few channels": (lambda: nn.Conv2d(4, 6, 1), (1, 4, 5, 13), "aten"),
+    "many pixels of many channels": (lambda: nn.Conv2d(512, 8, 1), (2, 512, 25, 21), "convolution"),
+    "many pixels of a few channels less": (lambda: nn.Conv2d(512, 8, 1), (2, 512, 16, 32), "aten"),
     "a larger kernel": (lambda: nn.Conv2d(4, 6, (1, 2)), (1, 4, 4, 4), "convolution"),
     "a stride": (lambda: nn.Conv2d(4, 6, 1, stride=2), (1, 4, 4, 4), "convolution"),
     "padding": (lambda: nn.Conv2d(4, 6, 1, padding=1), (1, 4, 2, 2), "convolution"),
@@ -92,6 +94,7 @@ def test_a_weight_that_two_layers_share_is_packed_once() -> None:
 
 def test_without_mkl_onednn_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onednn_products, "has_mkl", lambda: False)
+    monkeypatch.setattr(onednn_products, "SMALL", 0)
     model = Network(
         lambda m, x: m.linear(m.conv(x).flatten(2)), conv=nn.Conv2d(64, 64, 1), linear=nn.Linear(64, 64)
     ).eval()

@@ -19,7 +19,8 @@ from fxopt.rewrite import Rewriter
 
 aten = torch.ops.aten
 
-_WRITTEN: dict[Any, OpOverload] = {
+#: Elementwise operators, and what writes their result to their first operand.
+WRITTEN: dict[Any, OpOverload] = {
     pure: getattr(getattr(aten, f"{pure._opname}_"), pure._overloadname)
     for pure in (
         aten.relu.default, aten.clamp.default, aten.hardtanh.default, aten.leaky_relu.default, aten.elu.default,
@@ -32,7 +33,7 @@ _WRITTEN: dict[Any, OpOverload] = {
 def overwrite_operands(rewriter: Rewriter) -> None:
     """Lets elementwise operators write to a first operand that nobody else could miss."""
     for node in list(rewriter.graph.nodes):
-        written = _WRITTEN.get(node.target)
+        written = WRITTEN.get(node.target)
         if written is not None and _own(node):
             rewriter.substitute(node, partial(rewriter.call, written, *node.args, **node.kwargs), rule="overwrite")
 

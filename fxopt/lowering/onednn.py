@@ -81,8 +81,9 @@ def _redirected(graph: fx.Graph, aliases: effects.Aliases) -> fx.Node | None:
 
 
 PASSES = (
-    Pass("onednn-convolution", run=lower_convolutions, layout=True, doc="convolutions as fused calls or products"),
+    # In front of convolutions: what becomes a product of ATen's there stays one.
     Pass("onednn-linear", run=lower_linears, layout=True, doc="linear layers as products of MKL or oneDNN"),
+    Pass("onednn-convolution", run=lower_convolutions, layout=True, doc="convolutions as fused calls or products"),
     Pass("onednn-strides", run=restore_strides, layout=True, numerics="bitwise", doc="results in their own strides"),
     Pass("onednn-buffers", run=lower_buffers, layout=True, numerics="bitwise", doc="concats that grow in one memory"),
     # Behind buffers: what one concat gives may lie in the memory of another, which its node alone does not show.

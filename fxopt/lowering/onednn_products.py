@@ -37,6 +37,9 @@ FEW = 512
 #: Up to so many pixels MKL beats oneDNN's fused convolution (512 to 2048 channels, 7x7: 0.43 against 0.45 ms; 160 to
 #: 960: 0.09 against 0.13). With more, oneDNN's linear layer does so alone, but not within a network.
 FEW_PIXELS = 64
+#: Up to so many multiply-adds ATen's product on plain weights beats oneDNN's convolution, which prepares each call (116
+#: to 116 channels, 14x14: 44 against 70 microseconds; 144 to 32, 28x28: 39 against 62), in a network as alone.
+SMALL = 1 << 22
 
 _IN_LINEAR = frozenset({"none", "relu", "relu6", "clamp", "hardtanh", "silu", "gelu", "gelu_tanh"})
 
@@ -140,7 +143,9 @@ def pointwise_library(node: fx.Node, given: dict[str, Any], rewriter: Rewriter) 
     rows = found.shape[0] * math.prod(found.shape[2:])
     if rows <= READ_ONCE:
         return "aten"
-    return "mkl" if _by_mkl(rows, FEW_PIXELS, given["weight"], rewriter) else None
+    if _by_mkl(rows, FEW_PIXELS, given["weight"], rewriter):
+        return "mkl"
+    return "aten" if _multiply_adds(rows, given["weight"]) <= SMALL else None
 
 
 def pointwise(
