@@ -64,6 +64,7 @@ LAYERS = (
     "stages",  # the graphs between passes
     "graphdiff",
     "dot",
+    "page",  # templates filled in
     "render",
     "compiler",
     "verification",
