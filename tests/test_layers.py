@@ -23,6 +23,7 @@ LAYERS = (
     "buffers",  # concats that copy nothing
     "work",  # what an operator computes and moves
     "cost",  # what that takes on a device
+    "overloads",  # which one takes given arguments
     "spelling",  # operations as Python programs write them
     "expand",  # what symbolic tracing left whole, written out
     "normalize",
