@@ -30,6 +30,7 @@ LAYERS = (
     "check",
     "capture.program",
     "capture.export",
+    "capture.tracer",
     "capture.symbolic",
     "capture",
     "guards",  # which inputs a capture fits
