@@ -35,6 +35,7 @@ LAYERS = (
     "capture",
     "guards",  # which inputs a capture fits
     "pattern",
+    "legality",  # what no rewrite may do
     "observe",  # what a rewrite must not change
     "journal",  # what was done, and what was not and why
     "rewrite",
