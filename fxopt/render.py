@@ -13,6 +13,7 @@ from typing import Any
 from fxopt.dot import LOOKS, detail_lines, heading, module_text, sides, steps_text, title_text, to_dot
 from fxopt.errors import RenderError, UsageError
 from fxopt.graphdiff import DiffNode, GraphDiff, Status
+from fxopt.page import filled
 
 PICTURES = ("svg", "png", "pdf")
 SUFFIXES = ("html", *PICTURES, "dot", "json")
@@ -112,7 +113,6 @@ def rows(diff: GraphDiff) -> list[Row]:
 
 def to_html(diff: GraphDiff) -> str:
     """The diff as one page that needs nothing else: the picture where `dot` can draw it, and always a table."""
-    import jinja2
     from markupsafe import Markup
 
     notes, picture = list(diff.notes), ""
@@ -121,19 +121,8 @@ def to_html(diff: GraphDiff) -> str:
         picture = Markup(drawn[drawn.index("<svg") :])  # dot has escaped every name in it
     except RenderError as error:
         notes.append(f"no picture, only the table: {error.message}. {error.hint}")
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("fxopt", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.globals |= {
-        "title_text": title_text,
-        "module_text": module_text,
-        "steps_text": steps_text,
-    }
-    page: str = environment.get_template("diff.html").render(
+    return filled(
+        "diff.html",
         diff=diff,
         heading=heading(diff),
         looks=LOOKS,
@@ -145,8 +134,9 @@ def to_html(diff: GraphDiff) -> str:
         picture=picture,
         notes=notes,
         nodes=_page_nodes(diff),
+        title_text=title_text,
+        module_text=module_text,
     )
-    return page
 
 
 def _page_nodes(diff: GraphDiff) -> dict[str, Any]:

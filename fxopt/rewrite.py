@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import fx
 
-from fxopt import effects, ir, observe
+from fxopt import effects, ir, legality, observe
 from fxopt.edit import Editor
 from fxopt.errors import FxoptError, RewriteError
 from fxopt.journal import UNKNOWN, Decline, Journal, Rewrite
@@ -136,28 +136,8 @@ class Rewriter:
         each match of a rule; a function pass asks it itself.
         """
         matched = tuple(dict.fromkeys((*nodes, *roots)))
-        inside, stays = set(matched), {*roots, *shared}
-        for node in matched:
-            for user in node.users if node not in stays else ():
-                if user not in inside:
-                    where = "is a result of the model" if user.op == "output" else f"is also read by {user.name}"
-                    return NoMatch(f"{node.name} {where}", node)
-        for node in matched:
-            if not effects.of(node).pure:
-                return NoMatch(f"{node.name} writes, draws at random, or is not known", node)
-        aliases = self.aliases
-        if aliases.writers:
-            values = {operand for node in matched for operand in (node, *node.all_input_nodes)}
-            writer = aliases.writer_between(min(matched), max(roots), values)
-            if writer is not None:
-                return NoMatch(f"{writer.name} may write to a value of the match in between", writer)
-            # A constant is read once and for all: it must not be written at any time.
-            for value in values:
-                if value.op == "get_attr":
-                    written = aliases.writer_of(value)
-                    if written is not None:
-                        return NoMatch(f"{written.name} may write to {value.target}", written)
-        return None
+        found = legality.of_readers(matched, {*roots, *shared})
+        return found or legality.of_writes(matched, max(roots), self.aliases)
 
     def substitute(
         self, root: fx.Node, build: Callable[[], fx.Node], *, rule: str, nodes: Iterable[fx.Node] = ()
@@ -241,9 +221,7 @@ class Rewriter:
         )
         return result
 
-    def substitute_memory(
-        self, base: fx.Node, build: Callable[[fx.Node], fx.Node], *, rule: str
-    ) -> NoMatch | None:
+    def substitute_memory(self, base: fx.Node, build: Callable[[fx.Node], fx.Node], *, rule: str) -> NoMatch | None:
         """Replaces memory that the graph makes and writes: `base`, what may share it, and all writes to it are gone.
 
         Who reads one of these behind the last write reads what `build` gives for it instead. Refused where somebody
@@ -255,19 +233,9 @@ class Rewriter:
         inside, writers = set(members), [node for node in members if node in aliases.writers]
         reads = {node: [user for user in node.users if user not in inside] for node in members}
         last = max(writers, default=base)
-        for writer, found in aliases.writers.items():
-            if writer not in inside and any(aliases.root(written) is root for written in found.writes):
-                return NoMatch(f"{writer.name} writes to it, and gives something else", writer)
-        for node in members:
-            if node in aliases.foreign:
-                return NoMatch(f"{node.name} may be memory that others hold", node)
-            if any(written not in inside for written in aliases.writers.get(node, effects.Effects()).writes):
-                return NoMatch(f"{node.name} writes to other memory, too", node)
-            for user in reads[node]:
-                if user.op == "output":
-                    return NoMatch("the model hands it out, a new tensor in each call", node)
-                if not last < user:
-                    return NoMatch(f"{user.name} reads it in front of the last write", user)
+        refusal = legality.of_memory(root, members, reads, last, aliases)
+        if refusal is not None:
+            return refusal
         mark = self.editor.mark()
         self._point, self._origin = last.next, ir.origins(base)
         try:
@@ -354,15 +322,9 @@ class Rewriter:
             if root is not result:
                 self.editor.replace_uses(root, result)
         removed = self._sweep(matched, keep=[result for _, result in pairs])
-        for node in (*new, *(result for _, result in pairs)):
-            for user in node.users:
-                if not node < user:
-                    return NoMatch(f"{user.name} reads it, and stands in front of where it would be", user)
-        for node in new:
-            for operand in node.all_input_nodes:
-                if not operand < node:
-                    return NoMatch(f"{operand.name} is computed behind where it would be read", operand)
-        refusal = None if aliases is None else observe.settle(self.editor, pairs, readers, aliases)
+        refusal = legality.of_order(new, [result for _, result in pairs])
+        if refusal is None and aliases is not None:
+            refusal = observe.settle(self.editor, pairs, readers, aliases)
         return removed if refusal is None else refusal
 
     def _added(self, mark: int) -> tuple[str, ...]:
@@ -404,9 +366,7 @@ def _try(rule: Rule, node: fx.Node, rewriter: Rewriter) -> fx.Node | NoMatch:
         refusal = _guard(rule, match, rewriter)
     if refusal is not None:
         return refusal
-    return rewriter.substitute(
-        node, lambda: rule.rewrite(match, rewriter), rule=rule.name, nodes=match.nodes
-    )
+    return rewriter.substitute(node, lambda: rule.rewrite(match, rewriter), rule=rule.name, nodes=match.nodes)
 
 
 def _match(rule: Rule, node: fx.Node, rewriter: Rewriter) -> Match | NoMatch:

@@ -25,7 +25,8 @@ from torch.utils import _pytree as pytree
 
 import fxopt
 from fxopt import buffers, cost, ir, ops
-from sweep import in_own_process, randomise, read
+from sweep import in_own_process, read
+from sweep_models import randomise
 from taso import BENCHMARKS
 from zoo import import_timm, import_torchvision, import_transformers
 

@@ -43,3 +43,8 @@ def joined(m: Any, x: torch.Tensor) -> torch.Tensor:
 
 def joined_rows(m: Any, x: torch.Tensor) -> torch.Tensor:
     return torch.cat([m.a(x), m.b(x)], -1)
+
+
+def results(found: Any) -> list[torch.Tensor]:
+    """The tensors that a call gives."""
+    return [found] if isinstance(found, torch.Tensor) else list(found)

@@ -1,14 +1,12 @@
-"""The command line, as somebody types it: results, JSON, exit codes, models and inputs by name, progress."""
+"""The command line, as somebody types it: results, JSON, exit codes, progress."""
 
 from __future__ import annotations
 
 import io
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,93 +14,15 @@ import pytest
 import torch
 
 import fxopt
-from fxopt import cli, doctor, models, plugins, terminal
-from fxopt.models import Shape
-
-NET = """
-import torch
-from torch import nn
-
-import neighbour
-
-class Small(nn.Module):
-    def __init__(self, width=4):
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(3, width, 3), nn.BatchNorm2d(width)
-
-    def forward(self, x):
-        return torch.relu(self.norm(self.conv(x)))
-
-def build():
-    print("printed by the model")
-    return Small()
-
-def wide(width):
-    return Small(width)
-
-def raises():
-    raise RuntimeError(neighbour.REASON)
-
-def number():
-    return 7
-
-class Branch(nn.Module):
-    def forward(self, x):
-        if x.sum() > 0:
-            return x
-        return -x
-
-class Sizes(nn.Module):
-    def forward(self, x):
-        return x.reshape(12)
-
-class Words(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.table = nn.Embedding(50, 4)
-
-    def forward(self, ids, *, mask):
-        return torch.relu(self.table(ids)).masked_fill(mask[..., None], 0)
-
-MODEL = Small()
-"""
-IMAGE = ("--shape", "2x3x8x8")
-
-
-@dataclass(frozen=True)
-class Ran:
-    """What one command line gave."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out, parse_constant=pytest.fail)
+from command_line import IMAGE, NET, command_line
+from fxopt import doctor, plugins, terminal
 
 
 @pytest.fixture
-def run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Any]:
-    """Runs a command line in a folder that has net.py, its neighbour, and a module that raises on import."""
-    (tmp_path / "net.py").write_text(NET)
-    (tmp_path / "neighbour.py").write_text('REASON = "no weights here"\n')
-    (tmp_path / "faulty.py").write_text("import no_such_thing_at_all\n")
-    (tmp_path / "undone.py").write_text("raise OSError('a library is missing')\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    known = set(sys.modules)
-
-    def command(*arguments: str) -> Ran:
-        capsys.readouterr()
-        code = cli.run(arguments)
-        return Ran(code, *capsys.readouterr())
-
-    yield command
-    for name in set(sys.modules) & {"net", "neighbour", "faulty", "undone"} - known:
-        del sys.modules[name]
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Any]:
+    """Runs a command line in a folder that has the models of `command_line.NET`."""
+    with command_line(tmp_path, monkeypatch, capsys) as command:
+        yield command
 
 
 # -- results ---------------------------------------------------------------------------------------------------------
@@ -411,136 +331,6 @@ def test_a_reader_that_leaves_early_is_no_error(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(sys, "stdout", Closed())
     terminal.show({}, "text", as_json=True)
     assert sys.stdout.writable()
-
-
-# -- models and inputs -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["net.py:build", "net.py:Small", "net.py:MODEL", "net:build", "torch.nn:ReLU"])
-def test_a_model_is_named(run: Any, name: str) -> None:
-    assert isinstance(models.load_model(name), torch.nn.Module)
-
-
-def test_two_files_of_one_name_stay_two_modules(run: Any, tmp_path: Path) -> None:
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "net.py").write_text("import torch\nbuild = torch.nn.ReLU\n")
-    first, second = models.load_model("net.py:build"), models.load_model("other/net.py:build")
-    assert (type(first).__name__, type(second).__name__) == ("Small", "ReLU")
-
-
-def test_the_seed_fixes_weights_and_inputs(run: Any) -> None:
-    def weight(seed: int) -> torch.Tensor:
-        return models.load_model("net.py:build", seed).conv.weight
-
-    assert torch.equal(weight(1), weight(1))
-    assert not torch.equal(weight(1), weight(2))
-    shape = [Shape.parse("2x3")]
-    assert torch.equal(models.draw(shape, 1)[0][0], models.draw(shape, 1)[0][0])
-    assert not torch.equal(models.draw(shape, 1)[0][0], models.draw(shape, 2)[0][0])
-
-
-@pytest.mark.parametrize(
-    ("text", "shape", "dtype"),
-    [
-        ("1x3x224x224", (1, 3, 224, 224), torch.float32),
-        ("7", (7,), torch.float32),
-        ("0x4", (0, 4), torch.float32),
-        ("2x3:float16", (2, 3), torch.float16),
-        ("2x3:bool", (2, 3), torch.bool),
-        ("2x3:complex64", (2, 3), torch.complex64),
-        ("50x4:int64", (50, 4), torch.int64),
-        ("50x4:uint8", (50, 4), torch.uint8),
-        ("name=50x4:int64:3", (50, 4), torch.int64),
-    ],
-)
-def test_a_shape_is_drawn(text: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    parsed = Shape.parse(text)
-    drawn = parsed.draw(torch.Generator().manual_seed(0))
-    assert (tuple(drawn.shape), drawn.dtype) == (shape, dtype)
-    if dtype in (torch.int64, torch.uint8):
-        assert drawn.min() == 0
-        assert parsed.below - drawn.max() in range(1, 11)
-    assert parsed.name == ("name" if "=" in text else None)
-
-
-@pytest.mark.parametrize("text", ["", "x", "1x", "-1x2", "1x2:", "1x2:float", "2x3:float32:5", "2x3:int64:0", "=2x3"])
-def test_what_is_no_shape(text: str) -> None:
-    with pytest.raises(fxopt.UsageError):
-        Shape.parse(text)
-
-
-def test_ids_and_arguments_by_name(run: Any) -> None:
-    words = ("net.py:Words", "--shape", "2x7:int64:50", "--shape", "mask=2x7:bool")
-    assert run("compile", *words).code == 0
-    ran = run("verify", *words, "--json")
-    assert ran.code == 0
-    assert ran.json["inputs"] == ["2x7:int64", "mask=2x7:bool"]
-
-
-def test_a_picture_is_resized_and_scaled(run: Any, tmp_path: Path) -> None:
-    image = pytest.importorskip("PIL.Image", reason="Pillow is an extra")
-    image.new("RGB", (20, 10), (255, 51, 0)).save(tmp_path / "picture.png")
-    pixels = models.read_picture("picture.png", Shape.parse("2x3x8x6"))
-    assert pixels.shape == (2, 3, 8, 6)
-    assert torch.equal(pixels[1, :, 3, 4], torch.tensor([1.0, 0.2, 0.0]))
-    assert models.read_picture("picture.png", Shape.parse("1x1x8x6")).unique().numel() == 1
-    ran = run("verify", "net.py:build", "--input", "picture.png", "--shape", "1x3x8x8", "--json")
-    assert ran.code == 0
-    default = run("compile", "net.py:build", "--input", "picture.png", "--json")
-    assert default.json["inputs"] == ["1x3x224x224"]
-
-
-def test_a_picture_needs_pillow(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "picture.png").write_bytes(b"")
-    monkeypatch.setitem(sys.modules, "PIL", None)
-    ran = run("compile", "net.py:build", "--input", "picture.png")
-    assert ran.code == 4
-    assert "needs Pillow" in ran.err
-    assert "pip install pillow" in ran.err
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "randomized"),
-    [
-        pytest.param("net.py:build", (), 0, id="never a file's, unasked"),
-        pytest.param("net.py:build", ("--randomize-norms",), 1, id="a file's where asked"),
-        pytest.param("net:build", (), 1, id="a package's"),
-        pytest.param("net:build", ("--no-randomize-norms",), 0, id="not a package's where told so"),
-    ],
-)
-def test_norms_that_never_saw_data_are_randomized(
-    run: Any, name: str, options: tuple[str, ...], randomized: int
-) -> None:
-    ran = run("compile", name, *options, "--json")
-    assert ran.json["norms_randomized"] == randomized
-    assert ("got random statistics" in ran.err) is bool(randomized)
-
-
-def test_norms_of_a_trained_model_are_left_alone() -> None:
-    model = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3))
-    assert models.randomize_fresh_norms(model) == 2
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    model[1].reset_parameters()
-    assert models.randomize_fresh_norms(model) == 0
-    assert torch.equal(model[0].running_mean, before["0.running_mean"])
-
-
-@pytest.mark.zoo
-@pytest.mark.parametrize("name", ["torchvision.models:resnet18", "timm:resnet18"])
-def test_models_of_the_zoos(run: Any, name: str) -> None:
-    pytest.importorskip(re.split(r"[.:]", name)[0])
-    ran = run("verify", name, "--shape", "1x3x32x32", "--batches", "2", "--json")
-    assert ran.code == 0
-    assert ran.json["norms_randomized"] == 20
-    assert 0 < ran.json["error"] < 2e-5
-
-
-@pytest.mark.zoo
-def test_a_model_that_timm_does_not_have(run: Any) -> None:
-    pytest.importorskip("timm")
-    ran = run("compile", "timm:resnet81")
-    assert ran.code == 2
-    assert "there are: resnet18" in ran.err
 
 
 # -- progress --------------------------------------------------------------------------------------------------------

@@ -23,16 +23,19 @@ LAYERS = (
     "buffers",  # concats that copy nothing
     "work",  # what an operator computes and moves
     "cost",  # what that takes on a device
+    "overloads",  # which one takes given arguments
     "spelling",  # operations as Python programs write them
     "expand",  # what symbolic tracing left whole, written out
     "normalize",
     "check",
     "capture.program",
     "capture.export",
+    "capture.tracer",
     "capture.symbolic",
     "capture",
     "guards",  # which inputs a capture fits
     "pattern",
+    "legality",  # what no rewrite may do
     "observe",  # what a rewrite must not change
     "journal",  # what was done, and what was not and why
     "rewrite",
@@ -66,6 +69,7 @@ LAYERS = (
     "stages",  # the graphs between passes
     "graphdiff",
     "dot",
+    "page",  # templates filled in
     "render",
     "compiler",
     "verification",

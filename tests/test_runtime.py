@@ -1,10 +1,9 @@
-"""The compiled module as an nn.Module: signatures, threads, stale weights, copies, conversions, what it shows."""
+"""The compiled module as an nn.Module: signatures, threads, stale weights, copies, conversions."""
 
 from __future__ import annotations
 
 import copy
 import io
-import json
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,44 +15,16 @@ import torch
 from torch import nn
 
 import fxopt
-from fxopt import plugins
+from convnets import assert_close, compiled_by, convnet, front_ends, image
 from fxopt.runtime import MOST_SPECIALISATIONS
-from graphs import FRONT_ENDS, Network, randomised, unmodified
+from graphs import randomised, unmodified
 
 pytestmark = pytest.mark.filterwarnings("ignore::fxopt.FxoptNotice")
-
-front_ends = pytest.mark.parametrize("front_end", FRONT_ENDS)
-
-
-def convnet() -> nn.Module:
-    """A norm that is folded, a residual that is fused, and a head whose weights stay shared."""
-    return randomised(
-        Network(
-            lambda m, x: m.head(m.pool((m.norm(m.conv(x)) + m.skip(x)).relu()).flatten(1)),
-            conv=nn.Conv2d(3, 4, 3, padding=1),
-            norm=nn.BatchNorm2d(4),
-            skip=nn.Conv2d(3, 4, 1),
-            pool=nn.AdaptiveAvgPool2d(1),
-            head=nn.Linear(4, 5),
-        )
-    )
 
 
 def folded() -> nn.Module:
     """Every weight is folded: nothing is shared."""
     return randomised(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU()))
-
-
-def image(batch: int = 2, size: int = 8) -> torch.Tensor:
-    return torch.randn(batch, 3, size, size)
-
-
-def compiled_by(front_end: str, model: nn.Module, **options: Any) -> fxopt.CompiledModule:
-    return fxopt.compile(model, (image(),), **options) if front_end == "export" else fxopt.compile(model, **options)
-
-
-def assert_close(result: Any, expected: Any) -> None:
-    torch.testing.assert_close(result, expected, rtol=2e-5, atol=1e-5)
 
 
 # -- signatures ------------------------------------------------------------------------------------------------------
@@ -128,6 +99,21 @@ def test_other_models_run_in_other_threads_while_one_is_compiled(front_end: str)
         stop.set()
         thread.join()
     assert not failures, failures[0]
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_call_with_gradients_on_runs_what_was_lowered_without(verify: bool) -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), torch.randn(2, 3, 8, 8)
+    compiled = fxopt.compile(model, (x,), verify=verify)
+    for enter in (torch.no_grad, torch.enable_grad, torch.inference_mode):
+        with enter():
+            torch.testing.assert_close(compiled(x), model(x), rtol=2e-5, atol=2e-5)
+    compiled(x.to(memory_format=torch.channels_last))
+    assert len({id(made.run) for made in compiled._ready.values()}) == 2
+    wants = x.clone().requires_grad_()
+    compiled(wants).sum().backward()
+    assert wants.grad is not None
+    assert len({id(made.run) for made in compiled._ready.values()}) == 3
 
 
 # -- weights that change ---------------------------------------------------------------------------------------------
@@ -353,138 +339,3 @@ def test_a_converted_module_no_longer_shares_the_callers_weights() -> None:
         model.head.weight.add_(1)
     given = image().double()
     assert_close(compiled(given), wide(given))
-
-
-# -- options ---------------------------------------------------------------------------------------------------------
-
-
-@front_ends
-def test_bitwise_gives_the_same_bits(front_end: str) -> None:
-    model = convnet()
-    compiled = compiled_by(front_end, model, numerics="bitwise")
-    for batch in (2, 1, 5):
-        given = image(batch)
-        assert torch.equal(compiled(given), model(given))
-    assert compiled.report.backend == "aten"
-    assert any("same bits" in notice for notice in compiled.report.notices)
-    skipped = {result.name for result in compiled.report.passes if result.status == "skipped"}
-    assert "fold-batchnorm" in skipped
-    assert skipped == {result.name for result in compiled.report.passes if result.numerics != "bitwise"}
-
-
-@front_ends
-@pytest.mark.parametrize("verify", [True, False, "each"])
-@pytest.mark.parametrize("backend", ["aten", "onednn", "auto"])
-def test_every_backend_and_way_of_verifying(front_end: str, verify: Any, backend: str) -> None:
-    model = convnet()
-    compiled = compiled_by(front_end, model, verify=verify, backend=backend)
-    for batch in (2, 1):
-        given = image(batch)
-        assert_close(compiled(given), model(given))
-    assert compiled.report.backend == ("onednn" if backend == "auto" else backend)
-    assert (compiled.report.verdict is None) is (verify is False)
-
-
-def test_verify_each_judges_every_pass_that_did_something() -> None:
-    report = fxopt.compile(convnet(), (image(),), verify="each").report
-    judged = {result.name for result in report.passes if result.verdict is not None}
-    assert judged == {result.name for result in report.passes if result.rewrites}
-
-
-def test_disabled_passes_do_not_run() -> None:
-    compiled = fxopt.compile(convnet(), (image(),), disable=("fold-batchnorm",))
-    assert "fold-batchnorm" not in {result.name for result in compiled.report.passes}
-    assert "batch_norm" in str(compiled.fused_graph.graph)
-
-
-def test_chosen_passes_run_in_their_order() -> None:
-    fold = plugins.named("fold-batchnorm")
-    compiled = fxopt.compile(convnet(), (image(),), passes=["eliminate-dead-code", fold])
-    assert [result.name for result in compiled.report.passes] == ["eliminate-dead-code", "fold-batchnorm"]
-
-
-def test_progress_is_told() -> None:
-    said: list[tuple[str, int, int]] = []
-    fxopt.compile(convnet(), (image(),), progress=lambda *step: said.append(step))
-    assert said[-1][0] == "done"
-    assert all(0 <= done <= total for _, done, total in said)
-
-
-# -- looking ---------------------------------------------------------------------------------------------------------
-
-
-@front_ends
-def test_the_report_prints_and_is_json(front_end: str) -> None:
-    compiled = compiled_by(front_end, convnet())
-    compiled(image())
-    text, said = str(compiled.report), json.loads(json.dumps(compiled.report.to_dict()))
-    for name in ("fold-batchnorm", "fuse-conv-activation", "onednn-convolution", "verified"):
-        assert name in text
-    assert said["nodes"]["before"] > said["nodes"]["after"]
-    assert {entry["name"] for entry in said["passes"]} >= {"fold-batchnorm", "eliminate-dead-code"}
-    assert said["verdict"]["ok"] is True
-
-
-@front_ends
-@pytest.mark.parametrize(
-    ("layer", "words"),
-    [
-        pytest.param("norm", ["fold-batchnorm", "batch_norm"], id="a norm that was folded"),
-        pytest.param("conv", ["fold-batchnorm", "is:"], id="the convolution that it was folded into"),
-        pytest.param("skip", ["fuse-conv-activation", "fxopt.convolution"], id="a convolution that took the residual"),
-        pytest.param("head", ["linear"], id="a layer that nothing was done to"),
-        pytest.param("pool", ["adaptive_avg_pool2d"], id="a layer that no pass knows"),
-    ],
-)
-def test_explain_tells_the_story_of_a_layer(front_end: str, layer: str, words: list[str]) -> None:
-    compiled = compiled_by(front_end, convnet())
-    compiled(image())
-    explanation = compiled.explain(layer)
-    for word in words:
-        assert word in str(explanation)
-    assert ".py:" in str(explanation), "the user's line is not told"
-    json.dumps(explanation.to_dict())
-
-
-@front_ends
-def test_explain_says_why_a_layer_was_declined(front_end: str) -> None:
-    model = convnet()
-    model.norm.running_var[0] = float("inf")
-    model.norm.weight.data[1] = float("nan")
-    compiled = compiled_by(front_end, model)
-    compiled(image())
-    assert "NaN or infinity" in str(compiled.explain("norm"))
-
-
-@pytest.mark.parametrize(("name", "near"), [("hed", "head"), ("layer1.conv", "conv"), ("nrom", "norm")])
-def test_explain_of_an_unknown_name_gives_the_nearest(name: str, near: str) -> None:
-    with pytest.raises(fxopt.UsageError, match=f"no layer or node named '{name}'") as caught:
-        fxopt.compile(convnet(), (image(),)).explain(name)
-    assert near in str(caught.value)
-
-
-@front_ends
-def test_the_graphs_are_modules_that_run(front_end: str) -> None:
-    model = convnet()
-    compiled = compiled_by(front_end, model)
-    given = image()
-    compiled(given)
-    for graph in (compiled.captured_graph, compiled.fused_graph, compiled.graph_module):
-        assert_close(graph(given), model(given))
-    assert "fxopt" in str(compiled.fused_graph.graph)
-    assert "fxopt" not in str(compiled.graph_module.graph)
-
-
-@pytest.mark.parametrize("verify", [True, False])
-def test_a_call_with_gradients_on_runs_what_was_lowered_without(verify: bool) -> None:
-    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), torch.randn(2, 3, 8, 8)
-    compiled = fxopt.compile(model, (x,), verify=verify)
-    for enter in (torch.no_grad, torch.enable_grad, torch.inference_mode):
-        with enter():
-            torch.testing.assert_close(compiled(x), model(x), rtol=2e-5, atol=2e-5)
-    compiled(x.to(memory_format=torch.channels_last))
-    assert len({id(made.run) for made in compiled._ready.values()}) == 2
-    wants = x.clone().requires_grad_()
-    compiled(wants).sum().backward()
-    assert wants.grad is not None
-    assert len({id(made.run) for made in compiled._ready.values()}) == 3

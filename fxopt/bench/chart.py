@@ -12,6 +12,7 @@ from pathlib import Path
 from fxopt.bench.result import EAGER, FXOPT, Benchmark, Timing
 from fxopt.bench.table import HEADINGS, cells, milliseconds, remarks
 from fxopt.errors import RenderError, UsageError
+from fxopt.page import filled
 
 SUFFIXES = ("svg", "png", "html")
 
@@ -114,7 +115,7 @@ def check_path(path: Path) -> None:
 
 def to_svg(benchmarks: Sequence[Benchmark]) -> str:
     """The chart as SVG that needs nothing else; it follows the reader's light or dark scheme."""
-    return _template("chart.svg", chart=layout(benchmarks))
+    return filled("chart.svg", chart=layout(benchmarks))
 
 
 def to_html(benchmarks: Sequence[Benchmark]) -> str:
@@ -124,7 +125,7 @@ def to_html(benchmarks: Sequence[Benchmark]) -> str:
     tables = [(one.title, [cells(one, timing) for timing in one.timings], remarks(one)) for one in benchmarks]
     picture = Markup(to_svg(benchmarks))  # the template has escaped every name in it
     machines = list(dict.fromkeys(", ".join(one.machine.values()) for one in benchmarks))
-    return _template("chart.html", picture=picture, headings=HEADINGS, tables=tables, machines=machines)
+    return filled("chart.html", picture=picture, headings=HEADINGS, tables=tables, machines=machines)
 
 
 def save(benchmarks: Sequence[Benchmark], path: Path) -> Path:
@@ -150,17 +151,3 @@ def save(benchmarks: Sequence[Benchmark], path: Path) -> Path:
         )
     path.write_bytes(done.stdout)
     return path
-
-
-def _template(name: str, **values: object) -> str:
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("fxopt", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    text: str = environment.get_template(name).render(**values)
-    return text

@@ -18,7 +18,7 @@ from fxopt.bench.measure import chosen_runtimes
 from fxopt.bench.result import FXOPT, Settings
 from fxopt.bench.table import rich_means
 from fxopt.cli.making import PICTURE_SHAPE, stdout_kept
-from fxopt.cli.options import JSON, ShapeType
+from fxopt.cli.options import JSON, SavedType, ShapeType
 from fxopt.errors import FxoptError, UsageError
 from fxopt.models import FORMS, Example, Shape
 from fxopt.pipeline import Progress
@@ -55,19 +55,6 @@ class _ModelType(click.ParamType[tuple[str, tuple[Shape, ...]]]):
             raise UsageError(f"{value!r} names no model", hint=f"it is written {FORMS}, and @1x3x64x64 for its inputs")
         convert = ShapeType().convert
         return name, tuple(convert(text, param, ctx) for text in shapes.split(",") if text)
-
-
-class _ChartType(click.ParamType[Path]):
-    """A path to save a chart under: refused before anything is measured, rather than after."""
-
-    name = "file"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        path = Path(value)
-        charts.check_path(path)
-        if not path.parent.is_dir():
-            self.fail(f"{value}: there is no folder {path.parent}", param, ctx)
-        return path
 
 
 @dataclass(frozen=True)
@@ -189,7 +176,13 @@ class Results:
     help="Where to keep the results; what is there already is not measured again.",
 )
 @click.option("--again", is_flag=True, help="Measure again what --output has already.")
-@click.option("--chart", type=_ChartType(), default=None, metavar="FILE", help="Draw the results: .svg, .png or .html.")
+@click.option(
+    "--chart",
+    type=SavedType(charts.check_path),
+    default=None,
+    metavar="FILE",
+    help="Draw the results: .svg, .png or .html.",
+)
 @JSON
 def bench_command(
     models: tuple[tuple[str, tuple[Shape, ...]], ...],

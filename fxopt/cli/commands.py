@@ -12,10 +12,16 @@ from fxopt.cli.making import Made, make, say_notices, say_randomized, stdout_kep
 from fxopt.cli.options import JSON, Request, SavedType, compiling
 from fxopt.errors import InputError
 from fxopt.models import Call, draw
+from fxopt.render import SUFFIXES
 from fxopt.terminal import EXIT_CODES, Exit, note, progress, show
 
 #: Batch sizes that `verify` tries after the given one: 1, which captures can be wrong about, and odd ones.
 BATCHES = (1, 3, 2, 5, 7, 4)
+
+
+def _check_diff_path(path: Path) -> None:
+    if path.suffix.removeprefix(".").lower() not in SUFFIXES:
+        raise click.BadParameter(f"{path}: the suffix says how to save it: " + " ".join(f".{s}" for s in SUFFIXES))
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}, epilog=EXIT_CODES)
@@ -30,7 +36,9 @@ def cli() -> None:
 
 @cli.command("compile", epilog=EXIT_CODES)
 @compiling
-@click.option("--diff", "saved", type=SavedType(), metavar="FILE", help="Save the graph before and after, too.")
+@click.option(
+    "--diff", "saved", type=SavedType(_check_diff_path), metavar="FILE", help="Save the graph before and after, too."
+)
 def compile_command(request: Request, *, as_json: bool, saved: Path | None) -> None:
     """Compile MODEL and print the report."""
     with stdout_kept(as_json), progress() as told:
@@ -49,7 +57,7 @@ def compile_command(request: Request, *, as_json: bool, saved: Path | None) -> N
 @cli.command("diff", epilog=EXIT_CODES)
 @compiling
 @click.option(
-    "-o", "--output", type=SavedType(), default="diff.html", show_default=True, metavar="FILE",
+    "-o", "--output", type=SavedType(_check_diff_path), default="diff.html", show_default=True, metavar="FILE",
     help="Where to: .html, .dot and .json; .svg, .png and .pdf need graphviz's program dot.",
 )  # fmt: skip
 @click.option("--pass", "pass_name", default=None, metavar="NAME", help="What this pass did, instead of all.")

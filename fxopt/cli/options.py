@@ -12,7 +12,6 @@ import click
 
 from fxopt.errors import UsageError
 from fxopt.models import Shape
-from fxopt.render import SUFFIXES
 
 
 class ShapeType(click.ParamType[Shape]):
@@ -40,14 +39,17 @@ class NamesType(click.ParamType[tuple[str | tuple[str, ...], ...]]):
 
 
 class SavedType(click.ParamType[Path]):
-    """A path to save a diff under: refused before the model is compiled, rather than after."""
+    """A path to save something under, refused before the work rather than after; `check` raises for one that is not
+    saved under."""
 
     name = "file"
 
+    def __init__(self, check: Callable[[Path], None]) -> None:
+        self.check = check
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         path = Path(value)
-        if path.suffix.removeprefix(".").lower() not in SUFFIXES:
-            self.fail(f"{value}: the suffix says how to save it: " + " ".join(f".{s}" for s in SUFFIXES), param, ctx)
+        self.check(path)
         if not path.parent.is_dir():
             self.fail(f"{value}: there is no folder {path.parent}", param, ctx)
         return path
