@@ -88,6 +88,7 @@ def _map(value: Any, kind: type, change: Any) -> Any:
 
 def freeze(session: Session) -> dict[str, Any]:
     """Everything of a session that can be written down."""
+    session.packed.restore()
     options = session.options
     return {
         "original": session.original,

@@ -200,10 +200,16 @@ def identity(value: torch.Tensor) -> tuple[object, ...]:
     """What makes two names one tensor: (storage, offset, size, stride, dtype)."""
     if value.layout is not torch.strided:
         return (id(value),)
+    return (place(value), value.device, value.storage_offset(), tuple(value.shape), value.stride(), value.dtype)
+
+
+def place(value: torch.Tensor) -> object:
+    """What tensors that share memory have in common: their storage."""
+    if value.layout is not torch.strided:
+        return id(value)
     storage = value.untyped_storage()
     # Storages without memory (empty, meta) have no address to compare, but are objects of their own.
-    place: object = storage.data_ptr() or ("storage", storage._cdata)
-    return (place, value.device, value.storage_offset(), tuple(value.shape), value.stride(), value.dtype)
+    return storage.data_ptr() or ("storage", storage._cdata)
 
 
 # -- arguments -------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from fxopt.errors import FxoptError, InputError
 from fxopt.guards import Guards
 from fxopt.journal import Decline, Journal
 from fxopt.lowering.backend import Backend, Runner, Setting, set_concrete_values
+from fxopt.lowering.weights import Weights
 from fxopt.pipeline import Judge, PassManager, PassResult, Progress, Step, only
 from fxopt.report import Report, compute_nodes
 from fxopt.rewrite import Numerics
@@ -193,7 +194,7 @@ def _joined(report: Report, results: list[PassResult], journal: Journal, after: 
 
 
 def lower(
-    program: Program, module: fx.GraphModule, backend: Backend, packed: dict[Any, Any], options: Options
+    program: Program, module: fx.GraphModule, backend: Backend, packed: Weights, options: Options
 ) -> Specialisation:
     """Lowers a concrete module (in place) by a backend's passes and builds what to call."""
     for node in module.graph.nodes:

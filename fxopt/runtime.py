@@ -120,22 +120,23 @@ class CompiledModule(torch.nn.Module):
         """The graph before and after, to save as a picture: of all passes, or of one."""
         from fxopt import graphdiff
 
+        self._shown()
         return graphdiff.of_compiled(self, pass_name)
 
     @property
     def captured_graph(self) -> fx.GraphModule:
         """The graph as it was captured, in the normal form, before any rewrite."""
-        return _presentable(self._session.before)
+        return _presentable(self._shown().before)
 
     @property
     def fused_graph(self) -> fx.GraphModule:
         """The rewritten graph, fused operations as single nodes."""
-        return _presentable(self._session.after)
+        return _presentable(self._shown().after)
 
     @property
     def graph_module(self) -> fx.GraphModule:
         """The rewritten graph in plain ATen, exportable anywhere."""
-        module, _ = ir.copy(self._session.after)
+        module, _ = ir.copy(self._shown().after)
         ops.decompose_all(module)
         return _presentable(module)
 
@@ -145,6 +146,12 @@ class CompiledModule(torch.nn.Module):
             f"CompiledModule({report.model}: {report.before} -> {report.after} nodes, "
             f"{len(report.rewrites)} rewrites, backend {report.backend})"
         )
+
+    def _shown(self) -> session.Session:
+        """The session, its tensors as they are for a caller to see."""
+        with self._lock:
+            self._session.show()
+        return self._session
 
     # -- being an nn.Module ------------------------------------------------------------------------------------------
 
@@ -163,7 +170,7 @@ class CompiledModule(torch.nn.Module):
         """This module, then the containers that hold the compiled graph's tensors under the model's names."""
         memo = set() if memo is None else memo
         yield prefix, self
-        for name, module in self._session.after.named_modules(memo, "", remove_duplicate):
+        for name, module in self._shown().after.named_modules(memo, "", remove_duplicate):
             if name:
                 yield f"{prefix}.{name}" if prefix else name, module
 
@@ -171,17 +178,17 @@ class CompiledModule(torch.nn.Module):
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """The frozen parameters of the compiled graph, folded ones among them, under the model's names."""
-        yield from self._session.after.named_parameters(prefix, recurse, remove_duplicate)
+        yield from self._shown().after.named_parameters(prefix, recurse, remove_duplicate)
 
     def named_buffers(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """The buffers of the compiled graph under the model's names."""
-        yield from self._session.after.named_buffers(prefix, recurse, remove_duplicate)
+        yield from self._shown().after.named_buffers(prefix, recurse, remove_duplicate)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The tensors of the compiled graph under the model's names; folded ones end in `_folded`."""
-        return cast("dict[str, Any]", self._session.after.state_dict(*args, **kwargs))
+        return cast("dict[str, Any]", self._shown().after.state_dict(*args, **kwargs))
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Refused (UsageError): a compiled module is a snapshot."""

@@ -25,6 +25,7 @@ from fxopt.compare import Verdict, compare
 from fxopt.errors import CaptureError, FxoptError, InputError, VerificationError
 from fxopt.journal import Journal
 from fxopt.lowering.backend import Setting, set_concrete_values
+from fxopt.lowering.weights import Weights
 from fxopt.pipeline import PassManager, PassResult, flat, only
 from fxopt.program import (
     KEPT,
@@ -54,7 +55,7 @@ class Session:
     name: str
     options: Options
     programs: list[Program] = field(default_factory=list)
-    packed: dict[Any, Any] = field(default_factory=dict)
+    packed: Weights = field(default_factory=Weights)
     converted: bool = False
     restless: list[str] = field(default_factory=list)
     before: fx.GraphModule = field(init=False)
@@ -132,6 +133,7 @@ class Session:
         if known is not None and (not fresh or self._serves(known, inputs)):
             program.proven.add(state)
             return known
+        self.packed.restore(program.module)
         module, report = concrete_module(program, inputs, self.options)
         main = program is self.programs[0]
         if main and program.symbolic and first:
@@ -142,6 +144,7 @@ class Session:
             backend = plugins.backend("aten")
         start = time.perf_counter()
         plain, _ = ir.copy(module)
+        self.packed.own(self._rewritten(program, module, plain), self._callers())
         try:
             made = lower(program, module, backend, self.packed, self.options)
         except Exception as error:
@@ -170,6 +173,7 @@ class Session:
         return not self.restless and self._judged(made, expected, inputs).ok
 
     def _portable(self, program: Program, module: fx.GraphModule) -> Specialisation:
+        self.packed.restore()
         twin, _ = ir.copy(module)
         return lower(program, twin, plugins.backend("aten"), self.packed, self.options)
 
@@ -338,7 +342,7 @@ class Session:
             return kept.apart(seeded(made.run, inputs))
 
     def _run_graph(self, module: fx.GraphModule, inputs: Inputs) -> Sequence[Any]:
-        run = plugins.backend("aten").build(module, {})
+        run = plugins.backend("aten").build(module, Weights())
         with self._kept(module) as kept:
             return kept.apart(seeded(run, inputs))
 
@@ -349,6 +353,7 @@ class Session:
 
         Raises VerificationError where the capture itself is wrong, where no pass is to blame, or with strict.
         """
+        self.packed.restore()
         guilty = {result.name: result for result in self._blamed(program, expected, inputs)}
         innocent = only(self.options.passes, lambda current: current.name not in guilty)
         again = make_program(
@@ -392,6 +397,22 @@ class Session:
 
     # -- tensors -----------------------------------------------------------------------------------------------------
 
+    def _rewritten(self, program: Program, *modules: fx.GraphModule) -> list[fx.GraphModule]:
+        """The modules that hold tensors which rewriting made, `modules` of the specialisation at hand among them."""
+        return [program.module, self.after, *modules, *(made.module for made in program.lowered.values())]
+
+    def _callers(self) -> Iterator[torch.Tensor]:
+        """The tensors of the model as it is: the caller has them, too."""
+        yield from (*self.original.parameters(), *self.original.buffers())
+        for program in self.programs:
+            yield from ir.tensors(program.captured.module).values()
+            yield from (tensor for _, tensor in _of_leaves(program.captured.module))
+
+    def show(self) -> None:
+        """Unpacks what was emptied, for a caller who looks; from then on nothing is."""
+        self.packed.restore()
+        self.packed.shown = True
+
     def shared_tensors(self) -> dict[str, torch.Tensor]:
         """The tensors that must stay as they are: those of the captures, whose memory is the caller's, and folded ones.
 
@@ -428,7 +449,7 @@ class Session:
         self.original = copy.deepcopy(self.original)
         self.original._apply(fn)
         symbolic = bool(self.programs) and self.programs[0].symbolic
-        self.programs, self.packed, self.converted = [], {}, True
+        self.programs, self.packed, self.converted = [], Weights(), True
         self.start_empty([])
         if symbolic:
             self.start_symbolic()

@@ -17,6 +17,7 @@ from fxopt import ir, normalize, plugins
 from fxopt.errors import UsageError
 from fxopt.journal import Decline, Rewrite
 from fxopt.lowering.backend import Backend, set_concrete_values
+from fxopt.lowering.weights import Weights
 from fxopt.pipeline import PassManager, PassResult, flat, only, up_to
 from fxopt.program import lower
 from fxopt.rewrite import Pass
@@ -140,7 +141,7 @@ def _start_lowering(session: Session, name: str) -> fx.GraphModule:
     normalize.normalize(module)
     place = [current.name for current in backend.passes].index(name)
     earlier = replace(backend, passes=backend.passes[:place], build=lambda *_: tuple)
-    lower(session.programs[0], module, earlier, {}, session.options)
+    lower(session.programs[0], module, earlier, Weights(), session.options)
     return module
 
 

@@ -44,6 +44,7 @@ LAYERS = (
     "agreement",  # of a capture with its original
     "state",  # what a model keeps between calls
     "pipeline",
+    "lowering.weights",  # packed, and what they were packed from
     "lowering.backend",
     "lowering.executor",
     "lowering",

@@ -95,7 +95,7 @@ def test_weights_are_packed_once_for_all_signatures() -> None:
     compiled = lowered(model, "export", image())
     for batch in (1, 3, 5):
         assert_eager(model, compiled, image(batch))
-    assert len(compiled._session.packed) == 1
+    assert len(list(compiled._session.packed.made())) == 1
 
 
 # -- every activation against ATen -----------------------------------------------------------------------------------

@@ -267,10 +267,10 @@ def test_a_weight_is_packed_once_for_all_batch_sizes(front_end: str) -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(2), nn.Linear(16, 1024)).eval()
     fast = compiled(front_end, model, torch.randn(72, 3, 6, 6), backend="onednn")
     fast(torch.randn(72, 3, 6, 6))
-    packed = {key: held[-1] for key, held in fast._session.packed.items()}
+    packed = [id(special) for _, special in fast._session.packed.made()]
     fast(torch.randn(81, 3, 6, 6))
     assert len(packed) == 2  # by oneDNN; MKL's weights are for one number of rows
-    assert all(fast._session.packed[key][-1] is held for key, held in packed.items())
+    assert [id(special) for _, special in fast._session.packed.made()] == packed
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")

@@ -13,13 +13,14 @@ from torch import fx
 from fxopt import ops
 from fxopt.lowering import executor
 from fxopt.lowering.backend import Backend, Runner, Setting
+from fxopt.lowering.weights import Weights
 
 
 def _declines(module: fx.GraphModule, setting: Setting) -> str | None:
     return None
 
 
-def _build(module: fx.GraphModule, packed: dict[Any, Any]) -> Runner:
+def _build(module: fx.GraphModule, packed: Weights) -> Runner:
     ops.decompose_all(module)
     run = executor.build(module)
 

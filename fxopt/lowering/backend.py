@@ -11,6 +11,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxopt import ir
+from fxopt.lowering.weights import Weights
 from fxopt.rewrite import Numerics, Pass
 
 Runner = Callable[..., tuple[Any, ...]]
@@ -36,15 +37,15 @@ class Backend:
     """A way to run a rewritten graph.
 
     `declines(module, setting)` says why a specialisation cannot be taken, or None; `passes` lower the graph in place;
-    `build(module, packed)` turns it into a function of the flat tensors. `packed` is a dict that outlives the
-    specialisation: weights in a kernel's own layout are shared through it. `numerics` is what the kernels promise
-    against ATen's.
+    `build(module, packed)` turns it into a function of the flat tensors. `packed` outlives the specialisation: weights
+    in a kernel's own layout are shared through it (see `Weights`). `numerics` is what the kernels promise against
+    ATen's.
     """
 
     name: str
     numerics: Numerics
     declines: Callable[[fx.GraphModule, Setting], str | None]
-    build: Callable[[fx.GraphModule, dict[Any, Any]], Runner]
+    build: Callable[[fx.GraphModule, Weights], Runner]
     passes: tuple[Pass, ...] = field(default=())
 
 

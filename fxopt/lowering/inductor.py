@@ -34,6 +34,7 @@ from torch.utils import _pytree as pytree
 from fxopt import effects, ir, ops
 from fxopt.lowering import executor
 from fxopt.lowering.backend import Backend, Runner, Setting
+from fxopt.lowering.weights import Weights
 
 aten = torch.ops.aten
 
@@ -120,7 +121,7 @@ def _tensors(node: fx.Node) -> Iterator[torch.Tensor]:
 # -- building --------------------------------------------------------------------------------------------------------
 
 
-def _build(module: fx.GraphModule, packed: dict[Any, Any]) -> Runner:
+def _build(module: fx.GraphModule, packed: Weights) -> Runner:
     ops.decompose_all(module)
     for node in module.graph.nodes:
         if node.op == "call_function":
@@ -134,7 +135,7 @@ def _build(module: fx.GraphModule, packed: dict[Any, Any]) -> Runner:
     return call
 
 
-def _hand_over(module: fx.GraphModule, packed: dict[Any, Any]) -> fx.GraphModule:
+def _hand_over(module: fx.GraphModule, packed: Weights) -> fx.GraphModule:
     """The graph as it is called: what TorchInductor compiled, then the views that are handed out."""
     behind = _views_behind(module.graph)
     output = module.graph.output_node()
@@ -247,7 +248,7 @@ class _Compiled:
 
 
 def _compiled(
-    inner: fx.GraphModule, arguments: Sequence[fx.Node], results: Sequence[fx.Node], packed: dict[Any, Any]
+    inner: fx.GraphModule, arguments: Sequence[fx.Node], results: Sequence[fx.Node], packed: Weights
 ) -> _Compiled:
     """`inner` compiled, or what a living specialisation has of it: signatures may differ in what does not matter here.
 

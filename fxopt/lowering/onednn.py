@@ -10,6 +10,7 @@ Finite values and infinities are as in ATen. This is the one place that says so;
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -22,8 +23,9 @@ from fxopt.lowering.backend import Backend, Runner, Setting
 from fxopt.lowering.in_place import overwrite_operands
 from fxopt.lowering.onednn_buffers import lower_buffers
 from fxopt.lowering.onednn_convolutions import lower_convolutions, pack_convolution
-from fxopt.lowering.onednn_products import lower_linears, pack_product
+from fxopt.lowering.onednn_products import lower_linears, pack_nothing, pack_product
 from fxopt.lowering.onednn_strides import restore_strides
+from fxopt.lowering.weights import Weights
 from fxopt.rewrite import Pass
 
 aten = torch.ops.aten
@@ -91,7 +93,7 @@ PASSES = (
 )
 
 #: How the argument that an operator takes packed is packed.
-_PACKED: dict[tuple[Any, str], Callable[[fx.Node, torch.Tensor, dict[Any, Any]], Any]] = {
+_PACKED: dict[tuple[Any, str], Callable[[fx.Node, torch.Tensor, Weights], Any]] = {
     (mkldnn._convolution_pointwise.default, "W"): pack_convolution,
     (mkldnn._convolution_pointwise.binary, "W"): pack_convolution,
     (mkldnn._convolution_transpose_pointwise.default, "W"): pack_convolution,
@@ -100,14 +102,22 @@ _PACKED: dict[tuple[Any, str], Callable[[fx.Node, torch.Tensor, dict[Any, Any]],
 }
 if hasattr(torch.ops.mkl, "_mkl_linear"):
     _PACKED[torch.ops.mkl._mkl_linear.default, "MKL_W"] = pack_product
+    _PACKED[torch.ops.mkl._mkl_linear.default, "ORI_W"] = pack_nothing
 
 
-def _build(module: fx.GraphModule, packed: dict[Any, Any]) -> Runner:
+def _build(module: fx.GraphModule, packed: Weights) -> Runner:
     ops.decompose_all(module)
+    reads = _reads(module)
 
     def pack(reader: fx.Node, argument: str, weight: torch.Tensor) -> Any:
         found = _PACKED.get((reader.target, argument))
-        return None if found is None else found(reader, weight, packed)
+        if found is None:
+            return None
+        special, place = found(reader, weight, packed), ir.place(weight)
+        reads[place] -= 1
+        if not reads[place]:
+            packed.release(weight)
+        return special
 
     run = executor.build(module, pack)
 
@@ -116,6 +126,16 @@ def _build(module: fx.GraphModule, packed: dict[Any, Any]) -> Runner:
             return run(*tensors)
 
     return call
+
+
+def _reads(module: fx.GraphModule) -> Counter[object]:
+    """How often the memory of each tensor is read."""
+    found: Counter[object] = Counter()
+    for node in module.graph.nodes:
+        operands: list[fx.Node] = []
+        fx.map_arg((node.args, node.kwargs), operands.append)
+        found.update(ir.place(held) for operand in operands if (held := ir.tensor(operand)) is not None)
+    return found
 
 
 BACKEND = Backend("onednn", numerics="reassociate", declines=_declines, build=_build, passes=PASSES)

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from fxopt import effects, ir, ops
 from fxopt.lowering import onednn_operators as onednn
 from fxopt.lowering import onednn_products as products
+from fxopt.lowering.weights import Weights
 from fxopt.pattern import NoMatch
 from fxopt.rewrite import Rewriter
 
@@ -113,18 +114,22 @@ def _in_channels_last(node: fx.Node) -> torch.Tensor:
         return torch.empty(found.shape, dtype=found.dtype, device=found.device).to(memory_format=order)
 
 
-def pack_convolution(reader: fx.Node, weight: torch.Tensor, packed: dict[Any, Any]) -> Any:
+def pack_convolution(reader: fx.Node, weight: torch.Tensor, packed: Weights) -> Any:
     """A convolution's weight in oneDNN's own layout: made once, kept in `packed`."""
     given = ir.arguments(reader)
     shape = [int(size) for size in ir.shape(given["X"]) or ()]
     padding, stride, dilation = ([*given[key]] for key in ("padding", "stride", "dilation"))
     groups = given["groups"]
-    key = (ir.identity(weight), tuple(padding), tuple(stride), tuple(dilation), groups)
+    key = (tuple(padding), tuple(stride), tuple(dilation), groups)
     if reader.target is mkldnn._convolution_transpose_pointwise.default:
         extra = list(given["output_padding"])
         reorder = partial(
             mkldnn._reorder_convolution_transpose_weight, weight, padding, extra, stride, dilation, groups, shape
         )
-        return onednn.packed_once(packed, ("transposed", *key, tuple(extra)), weight, reorder)
+        return packed.once(("transposed", *key, tuple(extra)), weight, reorder)
     reorder = partial(mkldnn._reorder_convolution_weight, weight, padding, stride, dilation, groups, shape)
-    return onednn.packed_once(packed, ("convolution", *key), weight, reorder)
+    return packed.once(("convolution", *key), weight, reorder, partial(_unpacked, weight.shape))
+
+
+def _unpacked(shape: torch.Size, packed: torch.Tensor) -> torch.Tensor:
+    return packed.to_dense().reshape(shape)

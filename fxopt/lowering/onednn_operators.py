@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -95,11 +94,3 @@ def reason(result: fx.Node | NoMatch) -> str | None:
     """Why a rewrite was refused; None where it was done."""
     return result.reason if isinstance(result, NoMatch) else None
 
-
-def packed_once(packed: dict[Any, Any], key: Any, weight: torch.Tensor, reorder: Callable[[], Any]) -> Any:
-    """The packed weight of a key, made where there is none."""
-    held = packed.get(key)
-    if held is None:
-        # The plain weight is kept beside the packed one, so that its identity cannot be taken by another.
-        packed[key] = held = (weight, reorder())
-    return held[1]

@@ -20,6 +20,7 @@ from torch import fx
 
 from fxopt import ir, ops
 from fxopt.lowering import onednn_operators as onednn
+from fxopt.lowering.weights import Weights
 from fxopt.rewrite import Rewriter
 
 aten = torch.ops.aten
@@ -83,8 +84,9 @@ def _by_mkl(rows: int, bound: int, weight: fx.Node, rewriter: Rewriter) -> bool:
     oneDNN's, which serve all."""
     held = ir.tensor(weight)
     assert held is not None
-    known = rewriter.module.meta.get("packed", {}).get(("mkl rows", ir.identity(held)))
-    return has_mkl() and rows <= bound and known in (None, rows)
+    packed: Weights = rewriter.module.meta["packed"]
+    known = {key[1] for key in packed.keys_for(held) if key[0] == "mkl"}
+    return has_mkl() and rows <= bound and known <= {rows}
 
 
 def _linear(rewriter: Rewriter, node: fx.Node, given: dict[str, Any], library: str, rows: int) -> fx.Node:
@@ -203,17 +205,30 @@ def _matrix(rewriter: Rewriter, node: fx.Node, weight: fx.Node, flat: dict[Any, 
 # -- packing ---------------------------------------------------------------------------------------------------------
 
 
-def pack_product(reader: fx.Node, weight: torch.Tensor, packed: dict[Any, Any]) -> Any:
+def pack_product(reader: fx.Node, weight: torch.Tensor, packed: Weights) -> Any:
     """The weights of a product in its library's own layout: made once, kept in `packed`."""
     given = ir.arguments(reader)
-    key: tuple[Any, ...]
     if reader.target is torch.ops.mkl._mkl_linear.default:
         rows = given["batch_size"]
-        key = ("mkl", ir.identity(weight), rows)
-        packed.setdefault(("mkl rows", ir.identity(weight)), rows)
         reorder = partial(torch.ops.mkl._mkl_reorder_linear_weight, weight, rows)
-    else:
-        rows = math.prod(int(size) for size in (ir.shape(given["X"]) or ())[:-1])
-        key = ("linear", ir.identity(weight))
-        reorder = partial(mkldnn._reorder_linear_weight, weight, rows)
-    return onednn.packed_once(packed, key, weight, reorder)
+        return packed.once(("mkl", rows), weight, reorder, partial(_unpacked, weight.shape, rows))
+    rows = math.prod(int(size) for size in (ir.shape(given["X"]) or ())[:-1])
+    return packed.once(("linear",), weight, partial(mkldnn._reorder_linear_weight, weight, rows), torch.Tensor.to_dense)
+
+
+def pack_nothing(reader: fx.Node, weight: torch.Tensor, packed: Weights) -> Any:
+    """MKL's product takes the plain weights, too, for other numbers of rows than its own. Only their shape is read."""
+    return weight.new_empty(()).expand(weight.shape)
+
+
+def _unpacked(shape: torch.Size, rows: int, packed: torch.Tensor) -> torch.Tensor:
+    """What MKL packed: its product with the identity, so many rows at a time (exact where all numbers are finite)."""
+    features, inputs = shape
+    stand_in = torch.empty(()).expand(shape)
+    found = torch.empty(inputs, features)
+    for start in range(0, inputs, rows):
+        block = torch.zeros(rows, inputs)
+        stop = min(start + rows, inputs)
+        block[: stop - start].diagonal(start).fill_(1.0)
+        found[start:stop] = torch.ops.mkl._mkl_linear(block, packed, stand_in, None, rows)[: stop - start]
+    return found.t()
