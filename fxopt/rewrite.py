@@ -118,7 +118,10 @@ class Rewriter:
         """A new constant tensor of the module, under `name` or a name like it, as a node; contiguous unless
         `keep_strides`, which keeps its memory, too."""
         assert self._point is not None, "nodes are built inside a rewrite"
-        kept: torch.Tensor = value.detach() if keep_strides else value.detach().contiguous()
+        with torch.inference_mode(False):  # autograd could not use an inference tensor later
+            kept: torch.Tensor = value.detach()
+            kept = kept.clone() if kept.is_inference() else kept
+            kept = kept if keep_strides else kept.contiguous()
         if kept.is_floating_point():
             kept = torch.nn.Parameter(kept, requires_grad=False)
         path = self.editor.add_tensor(name, kept)
@@ -240,17 +243,20 @@ class Rewriter:
         self._point, self._origin = last.next, ir.origins(base)
         try:
             built = {node: build(node) for node, users in reads.items() if users}
+            checks = (
+                observe.difference(node, result, pass_name=self.current.name) or observe.strides_kept(((node, result),))
+                for node, result in built.items()
+            )
+            refusal = next((reason for reason in checks if reason is not None), None)
         except Exception:
             self.editor.undo(mark)
             raise
         finally:
             self._point = None
+        if refusal is not None:
+            self.editor.undo(mark)
+            return refusal
         for node, result in built.items():
-            refusal = observe.difference(node, result, pass_name=self.current.name)
-            refusal = refusal or observe.strides_kept(((node, result),))
-            if refusal is not None:
-                self.editor.undo(mark)
-                return refusal
             self.editor.replace_uses(node, result, reads[node])
         added, names = self._added(mark), tuple(node.name for node in reversed(members))
         for node in reversed(members):

@@ -5,14 +5,12 @@ The operators are run in their order on a tensor of their own. What they leave b
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
 
 from fxopt import NoMatch, Rewriter, effects, ir
 
@@ -57,9 +55,7 @@ def fold(rewriter: Rewriter, run: Run, small: int, rule: str) -> int:
 
 
 def _constant(rewriter: Rewriter, values: dict[fx.Node, Any], member: fx.Node) -> fx.Node:
-    with torch.inference_mode(False), torch.no_grad():  # autograd could not use an inference tensor later
-        kept = values[member].clone()
-    return rewriter.constant(kept, f"{member.name}_folded", keep_strides=True)
+    return rewriter.constant(values[member].clone(), f"{member.name}_folded", keep_strides=True)
 
 
 def _run_all(base: fx.Node, rewriter: Rewriter, run: Run, small: int) -> dict[fx.Node, Any] | str:
@@ -71,15 +67,10 @@ def _run_all(base: fx.Node, rewriter: Rewriter, run: Run, small: int) -> dict[fx
     if found.numel() * found.element_size() > small:
         return f"it has {found.numel() * found.element_size()} bytes, more than {small}"
     root = aliases.root(base)
-    for writer, effect in aliases.writers.items():
-        if aliases.root(writer) is not root and any(aliases.root(written) is root for written in effect.writes):
-            return f"{writer.name} writes to it, and gives something else"
     values: dict[fx.Node, Any] = {}
     for node in rewriter.graph.nodes:
         if node.op == "output" or aliases.root(node) is not root:
             continue
-        if node.op != "call_function" or not (isinstance(node.target, OpOverload) or node.target is operator.getitem):
-            return f"{node.name} shares it, and what it does is not known"
         if effects.of(node).random:
             return f"{node.name} fills it with random numbers"
         stand_in = without_values(node) if node is base else {}

@@ -192,8 +192,8 @@ def _is_tensor(found: Any) -> bool:
 
 @contextmanager
 def _plainly() -> Iterator[None]:
-    """No gradients, no inference tensors, which autograd could not use later, and no autocast."""
-    with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
+    """No gradients and no autocast."""
+    with torch.no_grad(), ExitStack() as stack:
         for kind in ("cpu", "cuda"):
             stack.enter_context(torch.autocast(kind, enabled=False))
         yield

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
 import fxopt
-from graphs import Network, operations
+from graphs import Network, operations, unmodified
 
+aten = torch.ops.aten
 pytestmark = pytest.mark.filterwarnings("ignore::fxopt.FxoptNotice")
 
 Body = Callable[[Any, Any], Any]
@@ -39,6 +40,40 @@ STAYS: list[tuple[str, Body]] = [
     ("it is the second operand", lambda m, x: m.row - x.cumsum(1)),
     ("one of two results", lambda m, x: F.relu(x.sort(1)[0])),
 ]
+
+
+def written_and_viewed(m: Any, x: torch.Tensor) -> torch.Tensor:
+    y = x.cumsum(1)
+    v = y[0]
+    return F.relu(y.add_(1)).sum(0) + v
+
+
+#: Most hand out what is computed of what stays: only other readers, or tensors of the caller's, could show a write.
+STAYS_INSIDE: list[tuple[str, Body, str]] = [
+    ("the input", lambda m, x: torch.tanh(F.relu(x)).sum(0), "relu"),
+    ("a weight", lambda m, x: (x.cumsum(1) @ F.relu(m.square).t()).sum(0), "relu"),
+    ("a view of the input", lambda m, x: F.relu(x.transpose(0, 1)).sum(0), "relu"),
+    ("a view of the input that is written", lambda m, x: F.relu(x[:, 1:].mul_(1)).sum(0), "relu"),
+    ("one of several views", lambda m, x: F.relu(x.chunk(2, 1)[0]).sum(0), "relu"),
+    ("it has another reader", lambda m, x: [y := x.cumsum(1), z := F.relu(y).sum(0), z + y.sum(0)][2], "relu"),
+    ("it has a view", lambda m, x: [y := x.cumsum(1), v := y[0], torch.tanh(F.relu(y)).sum(0) + v][2], "relu"),
+    ("it is written, and has a view", written_and_viewed, "relu"),
+    ("it is a number", lambda m, x: aten.div.Tensor(2.0, x.cumsum(1)).sum(0), "div"),
+    ("the result has another dtype", lambda m, x: (torch.gt(x, 0) * m.square).sum(0), "mul"),
+    ("the result is larger", lambda m, x: (x[:1].cumsum(1) * x).sum(0), "mul"),
+    ("the result has other strides", lambda m, x: F.relu(x.new_empty_strided((5, 6), (1, 7)).fill_(2)), "relu"),
+    ("only running it tells its size", lambda m, x: (x[x > 0].sum(0, keepdim=True) * x).sum(0), "mul"),
+    ("only running it tells the result's size", lambda m, x: (x[0].cumsum(0) * (x * x[x > 0].sum())).sum(0), "mul"),
+]
+
+SEEN: list[torch.Tensor] = []
+
+
+@fx.wrap
+def remembered(x: torch.Tensor) -> torch.Tensor:
+    """Gives a tensor that it keeps; capture cannot look into it."""
+    SEEN.append(x * 2 if x.is_contiguous() else x * 3)
+    return SEEN[-1]
 
 
 def lowered(body: Body, x: torch.Tensor) -> tuple[nn.Module, fxopt.CompiledModule, set[str]]:
@@ -73,6 +108,47 @@ def test_what_somebody_could_miss_stays(body: Body) -> None:
     model, compiled, found = lowered(body, x)
     assert not found
     assert_equal(model, compiled, x)
+
+
+@pytest.mark.parametrize(("body", "stays"), [pytest.param(*row[1:], id=row[0]) for row in STAYS_INSIDE])
+def test_what_is_read_elsewhere_or_cannot_be_overwritten_stays_inside_the_graph(body: Body, stays: str) -> None:
+    x = torch.randn(5, 6)
+    model, compiled, _ = lowered(body, x)
+    with unmodified(model):
+        assert_equal(model, compiled, x)
+    assert stays in operations(list(compiled._ready.values())[-1].module)
+
+
+def test_what_an_opaque_function_gives_stays() -> None:
+    model, x = Network(lambda m, x: F.relu(remembered(x.cumsum(1))).sum(0)).eval(), torch.randn(5, 6)
+    compiled = fxopt.compile(model, backend="onednn", passes=(), strict=True)
+    assert torch.equal(compiled(x), model(x))
+    compiled(x)
+    assert torch.equal(SEEN[-1], x.cumsum(1) * 2)
+    assert compiled.report.backend == "onednn", compiled.report.notices
+
+
+@pytest.mark.parametrize(
+    ("schema", "place"),
+    [
+        pytest.param("(Tensor(a) x, Tensor(b!) count) -> Tensor(a)", 0, id="one behind it"),
+        pytest.param("(Tensor(b!) count, Tensor(a) x) -> Tensor(a)", 1, id="one in front of it"),
+        pytest.param("(Tensor(b!) count, Tensor(a!) x) -> Tensor(a!)", 1, id="one in front of it, and itself"),
+    ],
+)
+def test_what_lies_in_one_operands_memory_stays_where_another_is_written(schema: str, place: int) -> None:
+    with torch.library._scoped_library("fxopt_test", "DEF") as library:
+        library.define(f"counted{schema}")
+        library.impl("counted", lambda *given: given[place], "CompositeExplicitAutograd")
+
+        def body(m: Any, x: torch.Tensor) -> torch.Tensor:
+            count = x.new_zeros(5, 6)
+            return F.relu(torch.ops.fxopt_test.counted.default(*((x, count) if place == 0 else (count, x)))).sum(0)
+
+        model, x = Network(body).eval(), torch.randn(5, 6)
+        compiled = fxopt.compile(model, backend="onednn", passes=(), strict=True)
+        assert_equal(model, compiled, x)
+        assert compiled.report.backend == "onednn", compiled.report.notices
 
 
 def growing(m: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxopt
-from fxopt.lowering import onednn_products
+from fxopt import ir
+from fxopt.lowering import onednn_operators, onednn_products
 from graphs import Network, operations
 from test_onednn import ACTIVATIONS, EachActivation, assert_each, assert_eager, passing, poisoned
 
@@ -25,7 +27,7 @@ def libraries(compiled: fxopt.CompiledModule, index: int = -1) -> dict[str, int]
     found = operations(list(compiled._ready.values())[index].module)
     names = {
         "mkl._mkl_linear": "mkl", "mkldnn._linear_pointwise": "onednn", "linear": "aten",
-        "mkldnn._convolution_pointwise": "convolution",
+        "mkldnn._convolution_pointwise": "convolution", "mkldnn._convolution_transpose_pointwise": "transposed",
     }  # fmt: skip
     return {names[name]: count for name, count in found.items() if name in names}
 
@@ -47,6 +49,9 @@ PRODUCTS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
     "a larger kernel": (lambda: nn.Conv2d(4, 6, (1, 2)), (1, 4, 4, 4), "convolution"),
     "a stride": (lambda: nn.Conv2d(4, 6, 1, stride=2), (1, 4, 4, 4), "convolution"),
     "padding": (lambda: nn.Conv2d(4, 6, 1, padding=1), (1, 4, 2, 2), "convolution"),
+    "a dilation, which parts no taps": (lambda: nn.Conv2d(4, 6, 1, dilation=2), (1, 4, 4, 4), "mkl"),
+    "a few voxels": (lambda: nn.Conv3d(4, 6, 1), (1, 4, 2, 2, 2), "convolution"),
+    "a transposed kernel": (lambda: nn.ConvTranspose2d(4, 4, 1), (1, 4, 4, 4), "transposed"),
     "groups": (lambda: nn.Conv2d(4, 6, 1, groups=2), (1, 4, 4, 4), "convolution"),
 }
 rows = pytest.mark.parametrize(("layer", "shape", "library"), PRODUCTS.values(), ids=PRODUCTS.keys())
@@ -110,6 +115,62 @@ def test_what_is_not_finite_is_as_in_aten(value: float) -> None:
     compiled = fxopt.compile(model, (torch.randn(1, 1, 4, 4),), disable=("merge-siblings",))
     assert_each(compiled(given), model(given))
     assert libraries(compiled) == {"mkl": len(ACTIVATIONS)}
+
+
+@needs_mkl
+def test_a_permutation_of_the_users_whose_result_is_channels_last_is_not_another_products() -> None:
+    model = Network(lambda m, x: m.conv(x.transpose(1, 2).permute(0, 3, 2, 1)), conv=nn.Conv2d(3, 4, 1)).eval()
+    x = torch.randn(1, 5, 5, 3)
+    compiled = fxopt.compile(model, (x,), passes=(), strict=True, verify=False)
+    assert_eager(model, compiled, x)
+    assert libraries(compiled) == {"mkl": 1}
+
+
+@needs_mkl
+def test_a_product_reads_what_another_gave_as_it_is() -> None:
+    model = Network(lambda m, x: m.second(m.first(x)), first=nn.Conv2d(3, 4, 1), second=nn.Conv2d(4, 5, 1)).eval()
+    x = torch.randn(1, 3, 4, 4).to(memory_format=torch.channels_last)
+    compiled = fxopt.compile(model, (x,))
+    assert_eager(model, compiled, x)
+    graph = list(compiled._ready.values())[-1].module.graph
+    first, second = sorted(graph.find_nodes(op="call_function", target=torch.ops.mkl._mkl_linear.default))
+    assert second.args[0] is first
+
+
+ATENS: dict[str, tuple[Callable[[nn.Module, torch.Tensor], torch.Tensor], tuple[int, ...], str]] = {
+    "a convolution's weight": (lambda m, x: F.conv2d(x, m.kernel * x.mean()), (2, 4, 9, 9), "weight is computed"),
+    "a product's weight": (lambda m, x: F.conv2d(x, m.tap * x.mean()), (1, 4, 4, 4), "weight is computed"),
+    "a linear layer's weight": (lambda m, x: F.linear(x, m.square * x.mean()), (64, 64), "weight is computed"),
+    "a convolution's bias": (lambda m, x: F.conv2d(x, m.kernel, x.mean((0, 2, 3))), (2, 4, 9, 9), "bias is computed"),
+    "a linear layer's bias": (lambda m, x: F.linear(x, m.square, x.mean(0)), (64, 64), "bias is computed"),
+    "one number for all features": (lambda m, x: F.linear(x, m.square, m.row[:1]), (64, 64), "for each feature"),
+    "a number as bias": (lambda m, x: F.linear(x, m.square, m.row[0]), (1024, 64), "for each feature"),
+    "a bias for each row": (lambda m, x: F.linear(x, m.square, m.square), (64, 64), "for each feature"),
+    "a bias of two dimensions": (lambda m, x: F.linear(x, m.square, m.row[None]), (1024, 64), "for each feature"),
+    "a vector as weight": (lambda m, x: F.linear(x, m.row), (4096, 64), "weight is a vector"),
+}
+
+
+@pytest.mark.parametrize(("body", "shape", "reason"), ATENS.values(), ids=ATENS.keys())
+def test_a_layer_stays_atens_with(
+    body: Callable[[nn.Module, torch.Tensor], torch.Tensor], shape: tuple[int, ...], reason: str
+) -> None:
+    parts = {"kernel": torch.randn(4, 4, 3, 3), "tap": torch.randn(4, 4, 1, 1), "square": torch.randn(64, 64)}
+    model, x = Network(body, row=torch.randn(64), **parts).eval(), torch.randn(shape)
+    compiled = fxopt.compile(model, (x,), passes=("fold-constants",), verify=False, strict=True)
+    assert_eager(model, compiled, x)
+    assert compiled.report.backend == "onednn", compiled.report.notices
+    assert [reason in decline.reason for decline in compiled.report.declines] == [True]
+    assert set(libraries(compiled)) <= {"aten"}
+
+
+def test_a_packed_weight_is_not_taken_for_that_of_another_at_the_same_place() -> None:
+    packed: dict[Any, Any] = {}
+    for number in range(8):
+        weight = torch.full((64, 64), float(number))
+        found = onednn_operators.packed_once(packed, ir.identity(weight), weight, weight.clone)
+        assert torch.equal(found, torch.full((64, 64), float(number)))
+        del weight
 
 
 def read_before_and_behind(m: nn.Module, x: torch.Tensor) -> torch.Tensor:

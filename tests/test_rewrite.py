@@ -382,6 +382,112 @@ def test_what_reads_a_later_value_is_undone() -> None:
     assert picture(module) == before
 
 
+# -- memory that is written ------------------------------------------------------------------------------------------
+
+
+def _made_and_written(m: Any, x: torch.Tensor) -> torch.Tensor:
+    k = x.new_zeros(2, 4)
+    k[1:].fill_(1)
+    return x * k
+
+
+def _others_hold_it(m: Any, x: torch.Tensor) -> torch.Tensor:
+    k = x.new_zeros(4)
+    k[1:].fill_(1)
+    return torch.einsum("j,ij->i", k, x) * 2
+
+
+def _written_for_something_else(m: Any, x: torch.Tensor) -> torch.Tensor:
+    k = x.new_zeros(4)
+    return F.batch_norm(x, k, m.variance, training=True) * 2
+
+
+def _other_memory_is_written(m: Any, x: torch.Tensor) -> torch.Tensor:
+    k = x.new_zeros(4)
+    k[1:].fill_(1)
+    return torch.einsum("j,ij->i", k, F.batch_norm(x, m.mean, m.variance, training=True)) * 2
+
+
+RIGHT = torch.tensor([[0.0] * 4, [1.0] * 4])
+
+
+def _with_memory(value: torch.Tensor) -> Pass:
+    def replace(rewriter: Rewriter) -> None:
+        (base,) = rewriter.graph.find_nodes(op="call_function", target=aten.new_zeros.default)
+        found = rewriter.substitute_memory(
+            base, lambda node: rewriter.constant(value, "held", keep_strides=True), rule="memory"
+        )
+        if found is not None:
+            rewriter.decline(base, found.reason, rule="memory")
+
+    return Pass("memory", run=replace)
+
+
+def test_memory_is_replaced_with_all_that_writes_to_it() -> None:
+    module, journal, _ = run(_with_memory(RIGHT), _made_and_written)
+    (rewrite,) = journal.rewrites
+    assert operations(module) == {"mul": 1}
+    assert (rewrite.root, rewrite.result) == ("new_zeros", "held")
+
+
+@pytest.mark.parametrize(
+    ("body", "value", "reason"),
+    [
+        pytest.param(_others_hold_it, RIGHT, "may be memory that others hold", id="others hold it"),
+        pytest.param(_written_for_something_else, RIGHT[0], "gives something else", id="a norm's statistics"),
+        pytest.param(_other_memory_is_written, RIGHT, "writes to other memory, too", id="other memory is written"),
+        pytest.param(_made_and_written, RIGHT.t().contiguous().t(), "strides would change", id="other strides"),
+    ],
+)
+def test_memory_stays_because(body: Callable[..., Any], value: torch.Tensor, reason: str) -> None:
+    module, journal, _ = run(_with_memory(value), body, mean=torch.zeros(4), variance=torch.ones(4))
+    assert not journal.rewrites
+    assert [reason in found for found in reasons(journal)] == [True], reasons(journal)
+    assert "new_zeros" in operations(module)
+    assert "held" not in dict(module.named_parameters())
+
+
+def test_memory_of_another_shape_is_an_error_and_undone_whole() -> None:
+    module = fxopt.trace(Network(_made_and_written).eval(), (torch.randn(2, 4),))
+    before = picture(module)
+    with pytest.raises(fxopt.RewriteError, match="changes f32"):
+        apply(_with_memory(RIGHT[0]), Editor(module), Journal())
+    assert picture(module) == before
+
+
+# -- constants -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "keep_strides"),
+    [
+        pytest.param(lambda weight: weight * 2, True, id="computed"),
+        pytest.param(lambda weight: (weight.t() * 2).t(), True, id="computed in another order"),
+        pytest.param(lambda weight: weight.as_strided((2, 4), (1, 2)), False, id="a view that is copied"),
+    ],
+)
+def test_a_constant_made_under_inference_mode_serves_autograd_later(make: Any, keep_strides: bool) -> None:
+    def replaced(rewriter: Rewriter) -> None:
+        (root,) = rewriter.graph.find_nodes(op="call_function", target=aten.mul.Tensor)
+        held, x = fxopt.ir.tensor(root.args[1]), root.args[0]
+        rewriter.substitute(
+            root,
+            lambda: rewriter.call(aten.mul.Tensor, x, rewriter.constant(make(held), "held", keep_strides=keep_strides)),
+            rule="constant",
+        )
+
+    weight = torch.rand(4, 4)[:2]
+    module = fxopt.trace(Network(lambda m, x: x * m.weight, weight=weight).eval(), (torch.randn(2, 4),))
+    with torch.inference_mode():
+        apply(Pass("replaced", run=replaced), Editor(module), Journal())
+    module.recompile()
+    assert module.held.stride() == (make(weight).stride() if keep_strides else (4, 1))
+    x = torch.randn(2, 4, requires_grad=True)
+    module(x)[0].sum().backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, make(weight))
+
+
 # -- strides ---------------------------------------------------------------------------------------------------------
 
 

@@ -39,26 +39,29 @@ def overwrite_operands(rewriter: Rewriter) -> None:
 
 
 def _own(node: fx.Node) -> bool:
-    """Whether a node's first operand is computed for it alone, with its result's dtype, sizes and strides."""
+    """Whether a node's first operand is computed for it alone, with its result's dtype and sizes.
+
+    Strides are the driver's to compare: it does so in each pass that keeps all bits.
+    """
     operand = node.args[0]
-    if not isinstance(operand, fx.Node) or not isinstance(operand.target, OpOverload) or len(operand.users) != 1:
+    if not isinstance(operand, fx.Node) or len(operand.users) != 1 or operand in node.args[1:]:
         return False
-    before, after = ir.fake(operand), ir.fake(node)
-    return (
-        _fresh(operand)
-        and before is not None
-        and after is not None
-        and sum(argument is operand for argument in (*node.args, *node.kwargs.values())) == 1
-        and (before.dtype, before.shape, before.stride()) == (after.dtype, after.shape, after.stride())
-    )
+    kind = _kind(operand)
+    return kind is not None and kind == _kind(node) and _fresh(operand)
+
+
+def _kind(node: fx.Node) -> tuple[object, ...] | None:
+    """The dtype and sizes of what a node gives; None where only running it tells."""
+    found = ir.fake(node)
+    return None if found is None else (found.dtype, found.shape)
 
 
 def _fresh(node: fx.Node) -> bool:
     """Whether a value lies in memory that the graph computed, and that only a chain of in-place operators has seen."""
-    while found := effects.of(node).writes:
-        if found != node.args[:1] or effects.of(node).opaque:
-            return False  # `out=`, say: what it gives lies in another operand's memory
-        node = found[0]
+    while (found := effects.of(node)).writes:
+        if found.opaque or not found.writes == found.aliases == node.args[:1]:
+            return False  # what it gives may lie in another operand's memory (`out=`), or anywhere
+        node = found.writes[0]
         if len(node.users) != 1:
             return False
-    return isinstance(node.target, OpOverload) and not effects.of(node).aliases
+    return isinstance(node.target, OpOverload) and not found.aliases

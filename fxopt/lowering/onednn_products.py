@@ -60,8 +60,11 @@ def lower_linears(rewriter: Rewriter) -> None:
             continue
         given = ops.linear_arguments(node)
         refusal = onednn.layer_refusal(given)
-        if refusal is None and (ir.rank(given["input"]) or 0) < 2:
-            refusal = "its input is a vector"
+        if refusal is None and ir.rank(given["weight"]) != 2:
+            refusal = "its weight is a vector"
+        features = (ir.shape(given["weight"]) or ())[:1]
+        if refusal is None and given["bias"] is not None and ir.shape(given["bias"]) != features:
+            refusal = "its bias is not one number for each feature"
         rows = math.prod(int(size) for size in (ir.shape(given["input"]) or ())[:-1])
         if refusal is None and rows <= READ_ONCE:
             refusal = f"of {rows} rows ATen's product is as quick, and needs no packed weights"
@@ -137,7 +140,7 @@ def pointwise_library(node: fx.Node, given: dict[str, Any], rewriter: Rewriter) 
     """The library that multiplies the channels of each pixel; None where it is no such product, or oneDNN's
     convolution is quicker."""
     weight = ir.shape(given["weight"]) or ()
-    once = [*given["stride"], *given["dilation"], given["groups"], *weight[2:]]
+    once = [*given["stride"], given["groups"], *weight[2:]]
     if given["transposed"] or any(number != 1 for number in once) or any(given["padding"]) or len(weight) != 4:
         return None
     found = ir.fake(given["input"])
@@ -197,7 +200,7 @@ def _matrix(rewriter: Rewriter, node: fx.Node, weight: fx.Node, flat: dict[Any, 
     held = ir.tensor(weight)
     assert held is not None
     key = ir.identity(held)
-    if key not in flat or not flat[key] < node:
+    if key not in flat:
         flat[key] = rewriter.constant(held.detach().flatten(1), f"{weight.target}_matrix", keep_strides=True)
     return flat[key]
 

@@ -338,6 +338,34 @@ def test_a_fold_under_inference_mode_serves_gradients_later() -> None:
     assert torch.equal(wanted.grad, (model.square * 2).detach().expand(SHAPE))
 
 
+def twin_read_later(m: Any, x: torch.Tensor) -> torch.Tensor:
+    return x * m.whole.view(16)[:4] + m.flat
+
+
+LATER: list[tuple[str, Body]] = [
+    ("a view that is another constant, read later", twin_read_later),
+    ("the weight of a linear layer", lambda m, x: m.linear(x) * 2),
+    ("a norm behind a convolution", lambda m, x: m.norm(m.conv(x))),
+    ("siblings", lambda m, x: m.linear(x).exp() * m.other(x)),
+]
+
+
+@both
+@pytest.mark.parametrize("body", [pytest.param(row[1], id=row[0]) for row in LATER])
+def test_what_any_pass_folds_under_inference_mode_serves_gradients_later(body: Body, front_end: str) -> None:
+    weight, parts = torch.randn(4, 4), {"conv": nn.Conv2d(3, 4, 1), "norm": nn.BatchNorm2d(4)}
+    linears = {name: nn.Linear(4, 4) for name in ("linear", "other")}
+    model, x = Network(body, whole=weight, flat=weight.view(16)[:4], **parts, **linears).eval(), torch.randn(SHAPE)
+    with torch.inference_mode():
+        compiled = fxopt.compile(model, (x,) if front_end == "export" else None, backend="aten", verify=False)
+        compiled(x)
+    assert not any(held.is_inference() for held in compiled.state_dict().values())
+    found, wanted = x.clone().requires_grad_(), x.clone().requires_grad_()
+    compiled(found).sum().backward()
+    model(wanted).sum().backward()
+    torch.testing.assert_close(found.grad, wanted.grad)
+
+
 def views(m: Any, x: torch.Tensor) -> torch.Tensor:
     return x * m.gamma.view(1, 3, 1, 1) + m.square[:, 1:2]
 

@@ -84,6 +84,11 @@ DECLINES: list[tuple[str, Body, str]] = [
     ),
     ("it is large", lambda m, x: [k := x.new_zeros((1100, 1000)), k[2:].fill_(2), x + k.sum()][-1], "bytes, more than"),
     ("it is random", lambda m, x: [k := x.new_zeros((6,)), k[2:].uniform_(), x + k * 0][-1], "random numbers"),
+    ("a buffer that is read as a whole counts",
+     lambda m, x: [k := x.new_zeros((7, 6)), k[1:].copy_(m.count), m.count.add_(1), x + k[1:]][-1], "is no constant"),
+    ("it may share memory with the input",
+     lambda m, x: [k := x.new_zeros((6,)), k[2:].fill_(2), torch.einsum("i,abci->abc", k, x) * 2][-1],
+     "beside its result is not known"),
     ("a buffer counts", lambda m, x: [k := x.new_zeros((6, 6)), k[1:].copy_(m.count[1:]), m.count.add_(1), x + k][-1],
      "is no constant"),
 ]  # fmt: skip
@@ -126,6 +131,35 @@ def test_a_factorys_own_operand_is_no_constant_to_others() -> None:
     x = torch.randn(6)
     compiled = fxopt.compile(model, (x,), passes=PASSES, backend="aten", strict=True, verify=False)
     assert torch.equal(compiled(x), model(x))
+
+
+def test_declines_what_a_strangers_operator_writes() -> None:
+    with torch.library._scoped_library("fxopt_test", "DEF") as library:
+        library.define("fill_(Tensor(a!) x) -> Tensor(a!)")
+        library.impl("fill_", lambda x: x.fill_(len(calls)), "CompositeExplicitAutograd")
+        calls: list[None] = []
+        model = model_of(lambda m, x: [k := x.new_zeros(6), torch.ops.fxopt_test.fill_.default(k[2:]), x + k][-1])
+        x = torch.randn(6)
+        compiled = fxopt.compile(model, passes=PASSES, backend="aten", strict=True, verify=False)
+        for _ in range(2):
+            assert torch.equal(compiled(x), model(x))
+            calls.append(None)
+        assert_declined_somewhere(compiled, "written", "fxopt_test.fill_.default does beside its result is not known")
+
+
+def read_by_two_names(m: Any, x: torch.Tensor) -> torch.Tensor:
+    k = x.new_zeros((6, 6))
+    k[1:].fill_(2)
+    return x * k + k.view(6, 6)
+
+
+@both
+def test_what_is_read_by_two_names_becomes_two_tensors(front_end: str) -> None:
+    model, x = model_of(read_by_two_names), torch.randn(SHAPE)
+    compiled = compiled_by(PASSES, model, (x,), front_end)
+    assert bits(compiled(x)) == bits(model(x))
+    places = [held.data_ptr() for name, held in compiled.state_dict().items() if "folded" in name]
+    assert len(set(places)) == len(places) > 1
 
 
 def test_parts_by_unsafe_split_are_views_that_are_handed_out() -> None:
