@@ -188,6 +188,13 @@ def tensors(module: fx.GraphModule) -> dict[str, torch.Tensor]:
     return found
 
 
+def drop_values(module: fx.GraphModule) -> None:
+    """Puts tensors without memory in the place of those that the graph reads. Nothing can run it any more."""
+    for path, value in tensors(module).items():
+        delete_attribute(module, path)
+        set_attribute(module, path, value.detach().to("meta"))
+
+
 def tensor(node: Any) -> torch.Tensor | None:
     """The tensor that a `get_attr` node reads; None for anything else."""
     if not isinstance(node, fx.Node) or node.op != "get_attr":

@@ -116,7 +116,10 @@ def prune_attributes(module: fx.GraphModule) -> None:
 
 @dataclass(frozen=True)
 class Specialisation:
-    """A program lowered for one signature: what to call, and the record of the lowering."""
+    """A program lowered for one signature: what to call, and the record of the lowering.
+
+    `reads` are the tensors that it reads as they are; what it reads only as packed is not among them.
+    """
 
     program: Program
     run: Runner
@@ -124,6 +127,7 @@ class Specialisation:
     module: fx.GraphModule
     lowering: list[PassResult]
     declines: list[Decline]
+    reads: list[torch.Tensor]
 
 
 def concrete_module(program: Program, inputs: Inputs, options: Options) -> tuple[fx.GraphModule, Report]:
@@ -210,7 +214,10 @@ def lower(
         if failed is not None:
             raise FxoptError(f"lowering by {backend.name} failed in {failed.name}: {failed.reason}")
     check.check(module, after=f"lowering by {backend.name}")
-    return Specialisation(program, backend.build(module, packed), backend.name, module, results, declines)
+    held = {ir.place(tensor): tensor for tensor in ir.tensors(module).values()}
+    runner = backend.build(module, packed)
+    reads = [tensor for place, tensor in held.items() if place not in packed.only_packed]
+    return Specialisation(program, runner, backend.name, module, results, declines, reads)
 
 
 def choose_backend(name: str, numerics: str, module: fx.GraphModule, setting: Setting) -> tuple[Backend, list[str]]:

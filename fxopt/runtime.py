@@ -16,7 +16,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from fxopt import ir, ops, session
+from fxopt import ir, memory, ops, session
 from fxopt.capture import Inputs
 from fxopt.errors import StaleWeightsError, UsageError
 from fxopt.program import Specialisation
@@ -82,6 +82,7 @@ class CompiledModule(torch.nn.Module):
             while len(self._ready) > MOST_SPECIALISATIONS:
                 self._ready.popitem(last=False)
             self._remember()
+            memory.give_back()
             return made
 
     def _remember(self) -> None:
@@ -101,6 +102,17 @@ class CompiledModule(torch.nn.Module):
             f"the original model's {', '.join(names[:3]) or 'weights'} changed after it was compiled",
             hint="a compiled module is a snapshot that shares what it did not change: call fxopt.compile again",
         )
+
+    def discard_original(self) -> None:
+        """Lets go of the original and of all that only a new signature would need, for a caller who lets go of it, too.
+
+        The calls made so far go on working, and hold no more than the weights as their kernels read them. A call of
+        another signature, a look at the graphs or tensors, a copy or conversion raises UsageError from then on.
+        """
+        with self._lock:
+            if not self._session.discarded:
+                object.__setattr__(self, "_versions", self._session.discard())
+                memory.give_back()
 
     # -- looking -----------------------------------------------------------------------------------------------------
 
@@ -150,6 +162,7 @@ class CompiledModule(torch.nn.Module):
     def _shown(self) -> session.Session:
         """The session, its tensors as they are for a caller to see."""
         with self._lock:
+            self._session.refuse_discarded("a look at the graphs or tensors needs")
             self._session.show()
         return self._session
 
@@ -200,6 +213,7 @@ class CompiledModule(torch.nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> CompiledModule:
         """`.to()`, `.half()`, `.cuda()`: the original is converted, and compiled again at the next call."""
         with self._lock:
+            self._session.refuse_discarded("a conversion needs")
             if self._session.converts(fn):
                 self._session.convert(fn)
                 self._ready.clear()

@@ -22,7 +22,7 @@ from fxopt import agreement, effects, ir, normalize, plugins
 from fxopt.capture import Captured, Inputs, capture_export, capture_symbolic, private_copy
 from fxopt.capture.program import register_dataclasses
 from fxopt.compare import Verdict, compare
-from fxopt.errors import CaptureError, FxoptError, InputError, VerificationError
+from fxopt.errors import CaptureError, FxoptError, InputError, UsageError, VerificationError
 from fxopt.journal import Journal
 from fxopt.lowering.backend import Setting, set_concrete_values
 from fxopt.lowering.weights import Weights
@@ -55,6 +55,7 @@ class Session:
     name: str
     options: Options
     programs: list[Program] = field(default_factory=list)
+    discarded: bool = False
     packed: Weights = field(default_factory=Weights)
     converted: bool = False
     restless: list[str] = field(default_factory=list)
@@ -124,6 +125,7 @@ class Session:
 
         Raises InputError, CaptureError or VerificationError.
         """
+        self.refuse_discarded(f"a call on {describe(inputs)} needs")
         setting = Setting.now(inputs.tensors)
         program = self._program_for(inputs, setting)
         first, state = not program.proven, proof_state(program, inputs, setting)
@@ -435,6 +437,30 @@ class Session:
         """Each tensor that must stay as it is, and the version it has now."""
         return tuple((tensor, tensor._version) for tensor in self.shared_tensors().values())
 
+    def refuse_discarded(self, who: str) -> None:
+        """Raises UsageError where the original was discarded."""
+        if self.discarded:
+            raise UsageError(
+                f"{who} the original model, which discard_original() let go",
+                hint="make every call that is to come once before discarding, or compile the model again",
+            )
+
+    def discard(self) -> tuple[tuple[torch.Tensor, int], ...]:
+        """Lets go of the original, of its captures and of what was rewritten: the specialisations stay as they are.
+
+        Gives the tensors that those still read, and share with the caller, with their versions.
+        """
+        made = [lowered for program in self.programs for lowered in program.lowered.values()]
+        read = {ir.place(tensor) for lowered in made for tensor in lowered.reads}
+        kept = tuple((tensor, version) for tensor, version in self.shared_versions() if ir.place(tensor) in read)
+        for program in self.programs:
+            for module in (program.captured.module, program.module):
+                ir.drop_values(module)
+        for module in (self.before, self.after, *(lowered.module for lowered in made)):
+            ir.drop_values(module)
+        self.original, self.packed, self.discarded = torch.nn.Module(), Weights(), True
+        return kept
+
     def converts(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> bool:
         """Whether a conversion changes any tensor."""
         for tensor in (*self.original.parameters(), *self.original.buffers()):
@@ -464,6 +490,7 @@ class Session:
         """Everything but specialisations, which are made again: picklable where the original is."""
         from fxopt.frozen import freeze
 
+        self.refuse_discarded("a copy needs")
         return freeze(self)
 
     @classmethod

@@ -64,6 +64,7 @@ LAYERS = (
     "trial",  # runs that only compare
     "session",  # all captures of one compiled model
     "frozen",  # a session as plain data
+    "memory",  # what compiling left, given back
     "runtime",
     "align",  # the nodes of two graphs
     "nodediff",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -12,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxopt
-from fxopt import ir
-from fxopt.lowering import onednn_operators, onednn_products
+from fxopt.lowering import onednn_products
+from fxopt.lowering.weights import Weights
 from graphs import Network, operations
 from test_onednn import ACTIVATIONS, EachActivation, assert_each, assert_eager, passing, poisoned
 
@@ -165,10 +164,10 @@ def test_a_layer_stays_atens_with(
 
 
 def test_a_packed_weight_is_not_taken_for_that_of_another_at_the_same_place() -> None:
-    packed: dict[Any, Any] = {}
+    packed = Weights()
     for number in range(8):
         weight = torch.full((64, 64), float(number))
-        found = onednn_operators.packed_once(packed, ir.identity(weight), weight, weight.clone)
+        found = packed.once(("clone",), weight, weight.clone)
         assert torch.equal(found, torch.full((64, 64), float(number)))
         del weight
 

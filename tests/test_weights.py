@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import re
 from collections.abc import Callable
 
 import pytest
@@ -205,3 +206,56 @@ def test_beside_the_model_there_is_one_copy_of_its_weights(front_end: str) -> No
     assert 0.9 * size < living() - before < 1.1 * size
     fast(torch.cat([x, x]))
     assert living() - before < 1.1 * size
+
+
+# -- without the original --------------------------------------------------------------------------------------------
+
+
+@front_ends
+def test_with_the_original_let_go_no_more_is_held_than_the_model_was(front_end: str) -> None:
+    x = torch.randn(1, 64, 20, 20)
+    empty = living()
+    model = randomised(nn.Sequential(*[part for _ in range(6) for part in (nn.Conv2d(64, 64, 3), nn.BatchNorm2d(64))]))
+    size = living() - empty
+    fast, expected = compiled(front_end, model, x), model(x).detach()
+    fast.discard_original()
+    del model
+    assert living() - empty < 1.05 * size
+    torch.testing.assert_close(fast(x), expected, rtol=1e-5, atol=1e-5)
+    assert "verified" in str(fast.report)
+    assert fast.explain("0").rewrites
+
+
+REFUSED: dict[str, Callable[[fxopt.CompiledModule], object]] = {
+    "a call on args[0]: f32[3, 3, 20, 20] needs": lambda fast: fast(image(3)),
+    "a look at the graphs or tensors needs": lambda fast: list(fast.parameters()),
+    "a copy needs": copy.deepcopy,
+    "a conversion needs": lambda fast: fast.double(),
+}
+
+
+@front_ends
+@pytest.mark.parametrize("said", REFUSED)
+def test_what_would_need_the_original_is_refused(front_end: str, said: str) -> None:
+    model, x = convnet(), image()
+    fast = compiled(front_end, model, x)
+    fast.discard_original()
+    fast.discard_original()
+    with pytest.raises(fxopt.UsageError, match=re.escape(said)):
+        REFUSED[said](fast)
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+@front_ends
+def test_a_write_to_what_is_still_shared_is_seen_and_one_to_what_is_packed_does_no_harm(front_end: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.Flatten(2), nn.Linear(324, 2)).eval()
+    x = torch.randn(1, 3, 20, 20)
+    fast, expected = compiled(front_end, model, x, disable=("merge-siblings",)), model(x)
+    fast.discard_original()
+    with torch.no_grad():
+        model[0].weight.zero_()  # type: ignore[operator, union-attr]
+    torch.testing.assert_close(fast(x), expected, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        model[2].weight.zero_()  # type: ignore[operator, union-attr]
+    with pytest.raises(fxopt.StaleWeightsError):
+        fast(x)

@@ -45,12 +45,14 @@ class _Emptied:
 class Weights(dict[Any, Any]):
     """What backends make of weights, for as long as the compiled model lives. As a dictionary it is free for any use.
 
-    `shown` is set once a caller has seen a program's tensors: none is emptied from then on.
+    `shown` is set once a caller has seen a program's tensors: none is emptied from then on. `only_packed`: the places of
+    the weights that the last specialisation reads only as packed.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.shown = False
+        self.only_packed: set[object] = set()
         self._packed: dict[object, dict[Any, _Packed]] = {}
         self._emptied: list[_Emptied] = []
         self._owned: dict[object, list[torch.Tensor]] = {}
@@ -92,11 +94,13 @@ class Weights(dict[Any, Any]):
             for tensor in ir.tensors(module).values():
                 if tensor.layout is torch.strided and ir.place(tensor) not in taken:
                     found.setdefault(ir.place(tensor), {})[id(tensor)] = tensor
+        self.only_packed = set()
         self._owned = {place: list(tensors.values()) for place, tensors in found.items()}
 
     def release(self, weight: torch.Tensor) -> None:
         """Empties the memory of a weight that is read only as packed, if it may be emptied and can be unpacked."""
         place = ir.place(weight)
+        self.only_packed.add(place)
         packed = self._packed.get(place, {})
         source = next((held for held in packed.values() if held.unpack is not None), None)
         if self.shown or source is None or place not in self._owned:
