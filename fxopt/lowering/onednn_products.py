@@ -214,7 +214,9 @@ def pack_product(reader: fx.Node, weight: torch.Tensor, packed: Weights) -> Any:
     if reader.target is torch.ops.mkl._mkl_linear.default:
         rows = given["batch_size"]
         reorder = partial(torch.ops.mkl._mkl_reorder_linear_weight, weight, rows)
-        return packed.once(("mkl", rows), weight, reorder, partial(_unpacked, weight.shape, rows))
+        finite = math.isfinite(weight.sum())  # of all numbers, then; else a product with zero would be none
+        unpack = partial(_unpacked, weight.shape, rows) if finite else None
+        return packed.once(("mkl", rows), weight, reorder, unpack, exact=finite)
     rows = math.prod(int(size) for size in (ir.shape(given["X"]) or ())[:-1])
     return packed.once(("linear",), weight, partial(mkldnn._reorder_linear_weight, weight, rows), torch.Tensor.to_dense)
 

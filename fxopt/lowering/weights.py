@@ -29,6 +29,7 @@ class _Packed:
     extent: Extent
     special: Any
     unpack: Callable[[], torch.Tensor] | None
+    exact: bool
 
 
 @dataclass
@@ -45,8 +46,8 @@ class _Emptied:
 class Weights(dict[Any, Any]):
     """What backends make of weights, for as long as the compiled model lives. As a dictionary it is free for any use.
 
-    `shown` is set once a caller has seen a program's tensors: none is emptied from then on. `only_packed`: the places of
-    the weights that the last specialisation reads only as packed.
+    `shown` is set once a caller has seen a program's tensors: none is emptied from then on. `only_packed` has places
+    of weights that the last specialisation reads packed only.
     """
 
     def __init__(self) -> None:
@@ -63,15 +64,21 @@ class Weights(dict[Any, Any]):
         weight: torch.Tensor,
         pack: Callable[[], Any],
         unpack: Callable[[Any], torch.Tensor] | None = None,
+        *,
+        exact: bool = False,
     ) -> Any:
-        """`pack()`, called once for a weight and key. `unpack` of what it gave is the weight, in its shape."""
+        """`pack()`, called once for a weight and key.
+
+        `unpack` of what it gave is the weight, in its shape; that is seen to before a weight is emptied, if the backend
+        does not know it (`exact`).
+        """
         extent = _extent(weight)
         found = self._packed.setdefault(ir.place(weight), {})
         held = found.get((key, extent))
         if held is None:
             special = pack()
             again = None if unpack is None else lambda: unpack(special)
-            held = found[key, extent] = _Packed(weight, extent, special, again)
+            held = found[key, extent] = _Packed(weight, extent, special, again, exact)
         return held.special
 
     def keys_for(self, weight: torch.Tensor) -> set[tuple[Any, ...]]:
@@ -108,7 +115,9 @@ class Weights(dict[Any, Any]):
         assert source.unpack is not None
         assert source.weight is not None
         elements, whole = source.weight.numel(), weight.untyped_storage().nbytes()
-        if elements * weight.element_size() != whole or not torch.equal(source.unpack(), source.weight):
+        if elements * weight.element_size() != whole:
+            return
+        if not source.exact and not torch.equal(source.unpack(), source.weight):
             return
         holders = [(tensor, _extent(tensor)) for tensor in self._owned.pop(place)]
         self._emptied.append(_Emptied(holders, self._packed.pop(place), source, elements, weight.dtype))
