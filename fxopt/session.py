@@ -23,6 +23,7 @@ from fxopt.capture import Captured, Inputs, capture_export, capture_symbolic, pr
 from fxopt.capture.program import register_dataclasses
 from fxopt.compare import Verdict, compare
 from fxopt.errors import CaptureError, FxoptError, InputError, UsageError, VerificationError
+from fxopt.guards import Guards
 from fxopt.journal import Journal
 from fxopt.lowering.backend import Setting, set_concrete_values
 from fxopt.lowering.weights import Weights
@@ -39,7 +40,7 @@ from fxopt.program import (
     make_program,
 )
 from fxopt.report import Report
-from fxopt.signature import lowering_key, proof_state, rare
+from fxopt.signature import lowering_key, proof_state
 from fxopt.state import KeptState, privatise
 from fxopt.trial import in_float64, left, seeded
 
@@ -72,6 +73,7 @@ class Session:
         """Captures without inputs. Raises CaptureError where the model cannot be traced."""
         start = time.perf_counter()
         captured = capture_symbolic(private_copy(self.original))
+        self._privatise(captured)
         self._adopt(captured, {"capture": time.perf_counter() - start}, None)
 
     def start_empty(self, notices: list[str]) -> None:
@@ -85,7 +87,6 @@ class Session:
         self.report.verification = "the model is captured at its first call"
 
     def _adopt(self, captured: Captured, seconds: dict[str, float], inputs: Inputs | None) -> Program:
-        privatise(captured, self.original, [program.captured for program in self.programs])
         judge = None
         if inputs is not None and self.options.verify == "each" and captured.front_end == "export":
             expected = self._run_original(inputs)
@@ -103,8 +104,7 @@ class Session:
         del self.programs[1 : 1 - MOST_PROGRAMS]  # the first is the one that the report is about
         return program
 
-    def _capture(self, inputs: Inputs, dynamic_shapes: str | None, *, grad: bool = True) -> Program:
-        start = time.perf_counter()
+    def _capture(self, inputs: Inputs, dynamic_shapes: str | None, *, grad: bool = True) -> Captured:
         try:
             # A forward that keeps what it computes (a cache in an attribute) must not leave a proxy in the original.
             # Nor may it write to the original's tensors: torch.export runs what it takes for constants.
@@ -116,7 +116,27 @@ class Session:
             # Inputs that the original itself refuses are the caller's mistake, not a capture that failed.
             self._run_original(inputs, because=error)
             raise
-        return self._adopt(captured, {"capture": time.perf_counter() - start}, inputs)
+        self._privatise(captured)
+        return captured
+
+    def _privatise(self, captured: Captured) -> None:
+        privatise(captured, self.original, [program.captured for program in self.programs])
+
+    def _capture_checked(self, inputs: Inputs, dynamic: str | None) -> Program:
+        """A program captured for a call: with open sizes where that says what the model does on these inputs."""
+        start, grad, difference = time.perf_counter(), torch.is_grad_enabled(), None
+        captured = self._capture(inputs, dynamic)
+        if dynamic is not None or not grad:
+            guards = Guards.of(captured)
+            # A capture may be wrong about sizes of 0 and 1, and loses the model's own no_grad where gradients are off.
+            suspect = not grad or any(size in (0, 1) for size in guards.dynamic_sizes(inputs))
+            difference = guards.refusal(inputs) or (self._disagreement(captured, inputs) if suspect else None)
+            if difference is not None:
+                captured = self._capture(inputs, None, grad=grad)
+        program = self._adopt(captured, {"capture": time.perf_counter() - start}, inputs)
+        if difference is not None:
+            program.report.notices.append(f"captured for these inputs only: {difference}")
+        return program
 
     # -- one call ----------------------------------------------------------------------------------------------------
 
@@ -188,7 +208,7 @@ class Session:
                 continue
             if proof_state(program, inputs, setting) in program.proven:
                 return program
-            difference = self._disagreement(program, inputs)
+            difference = self._disagreement(program.captured, inputs)
             if difference is None:
                 return program
             refusals.append(f"the model takes another branch here: {difference}")
@@ -199,28 +219,13 @@ class Session:
         dynamic = self.options.dynamic_shapes
         if any("another branch" in refusal for refusal in refusals):
             dynamic = None  # what was taken apart by a size must not be captured as if it were open
-        return self._capture_checked(inputs, dynamic, setting)
+        return self._capture_checked(inputs, dynamic)
 
-    def _capture_checked(self, inputs: Inputs, dynamic: str | None, setting: Setting) -> Program:
-        first, grad = not self.programs, torch.is_grad_enabled()
-        program = self._capture(inputs, dynamic)
-        if dynamic is None and grad:
-            return program
-        suspect = not grad or rare(program, inputs)
-        difference = program.guards.refusal(inputs) or (self._disagreement(program, inputs) if suspect else None)
-        if difference is not None:
-            self.programs.remove(program)
-            if first:
-                self.start_empty([])
-            program = self._capture(inputs, None, grad=grad)
-            program.report.notices.append(f"captured for these inputs only: {difference}")
-        return program
-
-    def _disagreement(self, program: Program, inputs: Inputs) -> str | None:
+    def _disagreement(self, captured: Captured, inputs: Inputs) -> str | None:
         original = self._flat_original(inputs)
         try:
-            with self._kept() as kept:
-                return agreement.disagreement(original, program.captured.module, inputs.tensors, kept.put_back)
+            with self._kept(captured.module) as kept:
+                return agreement.disagreement(original, captured.module, inputs.tensors, kept.put_back)
         except InputError:
             raise
         except Exception as error:

@@ -30,11 +30,6 @@ def proof_state(program: Program, inputs: Inputs, setting: Setting) -> Any:
     return (sizes, orders, kinds, grad, setting.autocast)
 
 
-def rare(program: Program, inputs: Inputs) -> bool:
-    """Whether a size that the program leaves open is 0 or 1, which a capture can be wrong about."""
-    return any(size in (0, 1) for size in program.guards.dynamic_sizes(inputs))
-
-
 def _stride_order(tensor: torch.Tensor) -> tuple[int, ...]:
     """The dimensions from the largest stride to the smallest; () for an empty tensor."""
     if not math.prod(tensor.shape) or tensor.layout is not torch.strided:

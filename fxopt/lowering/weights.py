@@ -21,7 +21,7 @@ from fxopt import ir
 Extent = tuple[torch.Size, tuple[int, ...], int]
 
 
-@dataclass
+@dataclass(eq=False)
 class _Packed:
     """A packed weight. `weight` is kept beside it, so that nobody else can get its place; None once it is emptied."""
 
@@ -32,7 +32,7 @@ class _Packed:
     exact: bool
 
 
-@dataclass
+@dataclass(eq=False)
 class _Emptied:
     """A storage that was let go: the tensors that lay in it, and what it is unpacked from."""
 
