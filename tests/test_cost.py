@@ -160,7 +160,7 @@ def test_a_fused_operation_reads_its_residual_and_computes_its_activation() -> N
 
 
 def test_what_a_backend_lowers_to_costs_the_same() -> None:
-    model, image = Residual().eval(), torch.randn(2, 3, 512, 8)
+    model, image = Residual().eval(), torch.randn(2, 3, 30000, 8)  # too many pixels for a product of ATen's
     fast = fxopt.compile(model, (image,), backend="onednn")
     lowered = next(iter(fast._ready.values())).module
     assert fast.report.backend == "onednn"
