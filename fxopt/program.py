@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakValueDictionary
@@ -10,7 +11,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import fx
 
-from fxopt import buffers, check, cost, ir, normalize, plugins
+from fxopt import buffers, check, cost, effects, ir, normalize, plugins
 from fxopt.capture import Captured, Inputs
 from fxopt.edit import Editor
 from fxopt.errors import FxoptError, InputError
@@ -214,10 +215,19 @@ def lower(
         if failed is not None:
             raise FxoptError(f"lowering by {backend.name} failed in {failed.name}: {failed.reason}")
     check.check(module, after=f"lowering by {backend.name}")
-    held = {ir.place(tensor): tensor for tensor in ir.tensors(module).values()}
+    tensors = {ir.place(tensor): tensor for tensor in ir.tensors(module).values()}
     runner = backend.build(module, packed)
-    reads = [tensor for place, tensor in held.items() if place not in packed.only_packed]
+    reads = [tensor for place, tensor in tensors.items() if place not in packed.only_packed]
+    reads += [tensor for _, tensor in of_leaves(module)]
     return Specialisation(program, runner, backend.name, module, results, declines, reads)
+
+
+def of_leaves(module: fx.GraphModule) -> Iterator[tuple[str, torch.Tensor]]:
+    """The parameters of torch's own modules that stay whole; what else an opaque module holds it may write itself."""
+    for node in module.graph.nodes:
+        if node.op == "call_module" and not effects.of(node).opaque:
+            for name, tensor in ir.get_attribute(module, node.target).named_parameters():
+                yield f"{node.target}.{name}", tensor
 
 
 def choose_backend(name: str, numerics: str, module: fx.GraphModule, setting: Setting) -> tuple[Backend, list[str]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from fxopt import agreement, effects, ir, normalize, plugins
+from fxopt import agreement, held, ir, normalize, plugins
 from fxopt.capture import Captured, Inputs, capture_export, capture_symbolic, private_copy
 from fxopt.capture.program import register_dataclasses
 from fxopt.compare import Verdict, compare
@@ -166,7 +166,7 @@ class Session:
             backend = plugins.backend("aten")
         start = time.perf_counter()
         plain, _ = ir.copy(module)
-        self.packed.own(self._rewritten(program, module, plain), self._callers())
+        self.packed.own(held.rewritten(program, self.after, module, plain), held.callers(self.original, self.programs))
         try:
             made = lower(program, module, backend, self.packed, self.options)
         except Exception as error:
@@ -404,39 +404,14 @@ class Session:
 
     # -- tensors -----------------------------------------------------------------------------------------------------
 
-    def _rewritten(self, program: Program, *modules: fx.GraphModule) -> list[fx.GraphModule]:
-        """The modules that hold tensors which rewriting made, `modules` of the specialisation at hand among them."""
-        return [program.module, self.after, *modules, *(made.module for made in program.lowered.values())]
-
-    def _callers(self) -> Iterator[torch.Tensor]:
-        """The tensors of the model as it is: the caller has them, too."""
-        yield from (*self.original.parameters(), *self.original.buffers())
-        for program in self.programs:
-            yield from ir.tensors(program.captured.module).values()
-            yield from (tensor for _, tensor in _of_leaves(program.captured.module))
-
     def show(self) -> None:
         """Unpacks what was emptied, for a caller who looks; from then on nothing is."""
         self.packed.restore()
         self.packed.shown = True
 
     def shared_tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors that must stay as they are: those of the captures, whose memory is the caller's, and folded ones.
-
-        A write to one that was folded would not be seen now, but by the captures and comparisons still to come.
-        """
-        found: dict[str, torch.Tensor] = {}
-        for program in self.programs:
-            written = program.captured.written_attributes()
-            for module in (program.captured.module, program.module, self.after):
-                for name, tensor in (*ir.tensors(module).items(), *_of_leaves(module)):
-                    if name not in written and not tensor.is_inference():
-                        found.setdefault(name, tensor)
-        # Training moves running statistics without raising their version: only the count of batches tells.
-        for name, tensor in self.original.named_buffers() if self.programs else ():
-            if name.endswith("num_batches_tracked") and not tensor.is_inference():
-                found.setdefault(name, tensor)
-        return found
+        """The tensors that must stay as they are, by name (see `held.shared`)."""
+        return held.shared(self.original, self.programs, self.after)
 
     def shared_versions(self) -> tuple[tuple[torch.Tensor, int], ...]:
         """Each tensor that must stay as it is, and the version it has now."""
@@ -458,11 +433,7 @@ class Session:
         made = [lowered for program in self.programs for lowered in program.lowered.values()]
         read = {ir.place(tensor) for lowered in made for tensor in lowered.reads}
         kept = tuple((tensor, version) for tensor, version in self.shared_versions() if ir.place(tensor) in read)
-        for program in self.programs:
-            for module in (program.captured.module, program.module):
-                ir.drop_values(module)
-        for module in (self.before, self.after, *(lowered.module for lowered in made)):
-            ir.drop_values(module)
+        held.drop(self.programs, self.before, self.after)
         self.original, self.packed, self.discarded = torch.nn.Module(), Weights(), True
         return kept
 
@@ -507,11 +478,3 @@ class Session:
 
 
 _HINT = "this is a bug in fxopt or in a plugin; disable=(...) finds the pass, and a report is welcome"
-
-
-def _of_leaves(module: fx.GraphModule) -> Iterator[tuple[str, torch.Tensor]]:
-    """The parameters of torch's own modules that stay whole; what else an opaque module holds it may write itself."""
-    for node in module.graph.nodes:
-        if node.op == "call_module" and not effects.of(node).opaque:
-            for name, tensor in ir.get_attribute(module, node.target).named_parameters():
-                yield f"{node.target}.{name}", tensor

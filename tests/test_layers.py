@@ -60,6 +60,7 @@ LAYERS = (
     "lowering.onednn_buffers",
     "lowering.onednn",
     "program",  # one capture, rewritten, and lowered for each signature
+    "held",  # which tensors a compiled model has
     "signature",  # what a program's lowering for a call depends on
     "trial",  # runs that only compare
     "session",  # all captures of one compiled model

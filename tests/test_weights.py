@@ -259,3 +259,15 @@ def test_a_write_to_what_is_still_shared_is_seen_and_one_to_what_is_packed_does_
         model[2].weight.zero_()  # type: ignore[operator, union-attr]
     with pytest.raises(fxopt.StaleWeightsError):
         fast(x)
+
+
+@front_ends
+def test_a_write_to_a_module_that_stays_whole_is_seen(front_end: str) -> None:
+    model, x = nn.Sequential(nn.LSTM(4, 6)).eval(), torch.randn(5, 2, 4)
+    fast, expected = compiled(front_end, model, x), model(x)
+    fast.discard_original()
+    torch.testing.assert_close(fast(x), expected)
+    with torch.no_grad():
+        model[0].weight_ih_l0.zero_()  # type: ignore[operator, union-attr]
+    with pytest.raises(fxopt.StaleWeightsError):
+        fast(x)
