@@ -8,6 +8,7 @@
 #   make bench   runtimes against each other, docs/benchmarks.md: docs/make_benchmarks.py     BENCH_ARGS='--only resnet'
 #   make ablation   what each step is worth in time, docs/ablation.md: docs/make_ablation.py     BENCH_ARGS as above
 #   make profile   where the time goes: docs/make_profile.py
+#   make lowering   which library multiplies what: docs/make_lowering.py
 #   make clean   what tools left behind; .venv stays
 
 PYTHON ?= python3
@@ -20,7 +21,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 
-.PHONY: setup test demo sweep catalogue bench ablation profile clean
+.PHONY: setup test demo sweep catalogue bench ablation profile lowering clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -59,6 +60,9 @@ ablation: $(STAMP)
 
 profile: $(STAMP)
 	$(BIN)/python docs/make_profile.py
+
+lowering: $(STAMP)
+	$(BIN)/python docs/make_lowering.py
 
 # The runtimes that fxopt is measured against; nothing else needs them.
 $(PEERS): $(STAMP)

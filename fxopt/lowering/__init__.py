@@ -2,5 +2,6 @@
 
 from fxopt.lowering import executor
 from fxopt.lowering.backend import Backend, Runner, Setting
+from fxopt.lowering.weights import Weights
 
-__all__ = ["Backend", "Runner", "Setting", "executor"]
+__all__ = ["Backend", "Runner", "Setting", "Weights", "executor"]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fxopt import Backend, Pass, Rewriter, Setting, ir, ops
-from fxopt.lowering import executor
+from fxopt.lowering import Weights, executor
 
 aten = torch.ops.aten
 
@@ -54,17 +54,14 @@ def lower_linears(rewriter: Rewriter) -> None:
             rewriter.decline(node, reason, rule="linear")
 
 
-def build(module: torch.fx.GraphModule, packed: dict[Any, Any]) -> Callable[..., tuple[Any, ...]]:
+def build(module: torch.fx.GraphModule, packed: Weights) -> Callable[..., tuple[Any, ...]]:
     ops.decompose_all(module)  # what no pass took becomes plain ATen
 
     def pack(reader: torch.fx.Node, attribute: torch.fx.Node, weight: torch.Tensor) -> torch.Tensor | None:
         if reader.target is not aten.t.default:
             return None
-        key = ("addmm", ir.identity(weight))
-        if key not in packed:
-            # The plain weight is kept beside it: its identity is its place in memory, which another could take.
-            packed[key] = (weight, weight.t().contiguous().t())
-        return packed[key][1]
+        found: torch.Tensor = packed.once(("addmm",), weight, lambda: weight.t().contiguous().t())
+        return found
 
     run = executor.build(module, pack)
 
