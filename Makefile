@@ -9,6 +9,7 @@
 #   make ablation   what each step is worth in time, docs/ablation.md: docs/make_ablation.py     BENCH_ARGS as above
 #   make profile   where the time goes: docs/make_profile.py
 #   make lowering   which library multiplies what: docs/make_lowering.py
+#   make sync   what one collective instead of two is worth: docs/make_sync.py
 #   make clean   what tools left behind; .venv stays
 
 PYTHON ?= python3
@@ -21,7 +22,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 
-.PHONY: setup test demo sweep catalogue bench ablation profile lowering clean
+.PHONY: setup test demo sweep catalogue bench ablation profile lowering sync clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -63,6 +64,9 @@ profile: $(STAMP)
 
 lowering: $(STAMP)
 	$(BIN)/python docs/make_lowering.py
+
+sync: $(STAMP)
+	$(BIN)/python docs/make_sync.py
 
 # The runtimes that fxopt is measured against; nothing else needs them.
 $(PEERS): $(STAMP)

@@ -6,6 +6,7 @@ from fxopt.compiler import FxoptNotice, compile, trace
 from fxopt.errors import (
     CaptureError,
     CheckError,
+    CollectiveError,
     ConvergenceError,
     FxoptError,
     InputError,
@@ -23,6 +24,7 @@ from fxopt.pattern import Match, NoMatch, any_of, call, const, lit, var
 from fxopt.plugins import backends, passes, register
 from fxopt.rewrite import Pass, Rewriter, Rule
 from fxopt.runtime import CompiledModule
+from fxopt.training import sync_batchnorm
 from fxopt.verification import Verification, verify
 
 __version__ = "0.1.0"
@@ -32,6 +34,7 @@ __all__ = [
     "Backend",
     "CaptureError",
     "CheckError",
+    "CollectiveError",
     "CompiledModule",
     "ConvergenceError",
     "FxoptError",
@@ -65,6 +68,7 @@ __all__ = [
     "ops",
     "passes",
     "register",
+    "sync_batchnorm",
     "trace",
     "var",
     "verify",

@@ -95,5 +95,9 @@ class UsageError(FxoptError, ValueError):
     """fxopt was called with something that it does not take."""
 
 
+class CollectiveError(FxoptError):
+    """Processes that work together do not: one is gone, or they hold different things."""
+
+
 class RenderError(FxoptError):
     """A picture could not be drawn."""

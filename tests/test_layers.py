@@ -74,6 +74,11 @@ LAYERS = (
     "dot",
     "page",  # templates filled in
     "render",
+    "training.moments",  # of shards, and of all of them
+    "training.ranks",  # processes that train one model
+    "training.normalise",
+    "training.sync_batchnorm",
+    "training",
     "compiler",
     "verification",
     "testing.network",  # what a plugin's tests use

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -103,6 +104,13 @@ class Inputs:
         rest = iter(tensors)
         leaves = tuple(next(rest) if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves)
         return Inputs(leaves, self.spec, self.names)
+
+    def replaced(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """`(args, kwargs)` with something else, a proxy say, in the place of each tensor."""
+        rest = iter(tensors)
+        leaves = [next(rest) if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        return args, kwargs
 
     def call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """`(args, kwargs)` again."""

@@ -1,0 +1,112 @@
+"""`make sync`: what one collective instead of two is worth to a synchronised batch norm, and docs/sync-batchnorm.md.
+
+    python docs/make_sync.py
+
+Processes of one gloo group on this machine run a norm forwards and backwards, with one collective each way and with two
+(sums first, then deviations from the joint mean; backwards each sum for itself), in turns. Meanwhile the machine should
+do nothing else.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+import torch
+import torch.distributed as dist
+from torch.autograd.function import once_differentiable
+
+from fxopt.bench.system import machine
+from fxopt.training.moments import along, over
+from fxopt.training.normalise import batch_norm
+from fxopt.training.ranks import Ranks
+from processes import run
+
+PAGE = Path(__file__).resolve().parent / "sync-batchnorm.md"
+BEGIN, END = "<!-- table: written by make sync -->", "<!-- end of table -->"
+SHAPES = ((8, 64, 7, 7), (8, 256, 14, 14), (8, 64, 56, 56), (8, 2048, 7, 7))
+ROUNDS, CALLS = 9, 20
+
+
+class Twice(torch.autograd.Function):
+    """The same, but for two collectives forwards and two backwards; no weight and bias."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+        """x: float32[N, C, ...]."""
+        count = torch.tensor([float(x.numel() // x.shape[1])], dtype=torch.float64)
+        sums = ranks.add(torch.cat([x.sum(over(x)).double(), count]), "sums")
+        mean, total = sums[:-1] / sums[-1], sums[-1]
+        deviations = x - along(mean.float(), x)
+        squares = ranks.add(deviations.square().sum(over(x)).double(), "squares")
+        inverse = torch.rsqrt(squares / total + 1e-5)
+        result = deviations * along(inverse.float(), x)
+        ctx.save_for_backward(result, inverse, total)
+        ctx.ranks = ranks
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """dy: float32[N, C, ...]."""
+        standard, inverse, total = ctx.saved_tensors
+        plain = ctx.ranks.add(dy.sum(over(dy)).double(), "sum of gradients") / total
+        product = ctx.ranks.add((dy * standard).sum(over(dy)).double(), "sum of products") / total
+        centred = dy - along(plain.float(), dy) - standard * along(product.float(), dy)
+        return centred * along(inverse.float(), dy), None
+
+
+def milliseconds(rank: int, shape: tuple[int, ...]) -> list[float]:
+    """Of one and of two collectives each way, and of torch's batch norm without any: the medians of a call."""
+    ranks = Ranks()
+    x = torch.randn(shape).requires_grad_()
+    candidates: list[Callable[[], torch.Tensor]] = [
+        lambda: batch_norm(x, None, None, None, None, 0.1, 1e-5, ranks=ranks),
+        lambda: Twice.apply(x, ranks),
+        lambda: torch.nn.functional.batch_norm(x, None, None, training=True),
+    ]
+    found: list[list[float]] = [[] for _ in candidates]
+    for turn in range(ROUNDS):
+        for place in range(len(candidates))[:: -1 if turn % 2 else 1]:
+            dist.barrier()
+            start = time.perf_counter()
+            for _ in range(CALLS):
+                candidates[place]().sum().backward()
+            found[place].append((time.perf_counter() - start) / CALLS * 1e3)
+    return [statistics.median(times) for times in found]
+
+
+def table() -> str:
+    """A row for each shape and number of processes."""
+    said = machine()
+    lines = [
+        f"By `make sync`, on {said['cores']} cores of {said['processor']}, gloo on loopback, a thread a process:",
+        "",
+        "| processes | input of each | one each way | two | two / one | without any |",
+        "| ---: | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for size in (2, 3):
+        for shape in SHAPES:
+            with tempfile.TemporaryDirectory() as folder:
+                one, two, plain = run(size, Path(folder), milliseconds, shape)[0]
+            text = "x".join(map(str, shape))
+            lines.append(f"| {size} | {text} | {one:.2f} ms | {two:.2f} ms | {two / one:.2f} | {plain:.2f} ms |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measures, and writes the page."""
+    made = table()
+    text = PAGE.read_text(encoding="utf-8")
+    PAGE.write_text(f"{text.partition(BEGIN)[0]}{BEGIN}\n\n{made}\n\n{END}{text.partition(END)[2]}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
