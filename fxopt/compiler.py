@@ -18,7 +18,7 @@ from fxopt.rewrite import Numerics, Pass
 from fxopt.runtime import CompiledModule
 from fxopt.session import Session
 from fxopt.state import privatise
-from fxopt.training import SynchronisedModel
+from fxopt.training import deployed
 
 #: How passes are named: "default", or names ("default" among them) and Pass objects in the order in which they run. An
 #: inner tuple of them is a group that is repeated until none of its passes rewrites.
@@ -90,7 +90,7 @@ def compile(
         raise UsageError(f"verify is {verify!r}", hint='it is True, False or "each"')
     if dynamic_shapes not in ("batch", "all", None):
         raise UsageError(f"dynamic_shapes is {dynamic_shapes!r}", hint='it is "batch", "all" or None')
-    model = model.original if isinstance(model, SynchronisedModel) else model  # the same in eval mode
+    model = deployed(model)
     original = private_copy(model)
     if backend != "auto":
         plugins.backend(backend)

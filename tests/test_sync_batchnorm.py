@@ -159,6 +159,7 @@ def distributed(rank: int, steps: int) -> list[torch.Tensor]:
     """A few steps of SGD under DistributedDataParallel."""
     model = fxopt.sync_batchnorm(net())
     parallel = DistributedDataParallel(model)
+    compiled = fxopt.compile(parallel)
     optimiser = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     for step in range(steps):
         x, target = data(step)
@@ -166,6 +167,9 @@ def distributed(rank: int, steps: int) -> list[torch.Tensor]:
         optimiser.zero_grad()
         F.cross_entropy(parallel(x[own]), target[own]).backward()
         optimiser.step()
+    with pytest.raises(fxopt.StaleWeightsError):
+        compiled(x)
+    torch.testing.assert_close(fxopt.compile(parallel)(x), model.eval()(x).detach(), rtol=1e-4, atol=1e-5)
     return [tensor.detach() for tensor in model.state_dict().values()]
 
 
@@ -231,6 +235,10 @@ def group_of_two(rank: int) -> dict[str, Any]:
     made.train()
     made(x, scale=2.0)
     found["graphs of constants"] = len(made.graphs)
+    moved = fxopt.sync_batchnorm(Functional())
+    moved(x[:, :1].expand(-1, 4, -1, -1))
+    moved.double()(x[:, :1].expand(-1, 4, -1, -1).double())
+    found["moved"] = moved.mean.dtype == torch.float64 and bool(moved.mean.abs().max() > 0)
     twin = copy.deepcopy(made)
     found["copy"] = not {id(p) for p in twin.parameters()} & {id(p) for p in made.parameters()}
 
@@ -262,6 +270,7 @@ def test_torchs_own_refuses_the_same_input(two: list[Any]) -> None:
 
 def test_names_and_tensors_are_the_models(two: list[Any]) -> None:
     assert all(found["same tensors"] and found["same names"] and found["copy"] for found in two)
+    assert all(found["moved"] for found in two), "a graph follows the tensors that .double() puts there"
 
 
 def test_it_switches_between_training_and_eval_as_the_model_does_and_says_how(two: list[Any]) -> None:
@@ -330,6 +339,11 @@ WRONG = {
 @pytest.mark.parametrize(("name", "said"), WRONG.items(), ids=WRONG)
 def test_what_goes_wrong_is_said_in_every_process(two: list[Any], name: str, said: str) -> None:
     assert all(said in found[name] for found in two), two[0][name]
+
+
+def test_a_lazy_model_is_refused() -> None:
+    with pytest.raises(fxopt.UsageError, match="call it once on an example first"):
+        fxopt.sync_batchnorm(nn.Sequential(nn.LazyBatchNorm1d()))
 
 
 def test_without_a_process_group_it_says_what_to_do() -> None:

@@ -1,5 +1,5 @@
 """What leads from training to deployment: batch norms over the batches of all processes."""
 
-from fxopt.training.sync_batchnorm import SynchronisedModel, sync_batchnorm
+from fxopt.training.sync_batchnorm import SynchronisedModel, deployed, sync_batchnorm
 
-__all__ = ["SynchronisedModel", "sync_batchnorm"]
+__all__ = ["SynchronisedModel", "deployed", "sync_batchnorm"]

@@ -21,6 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import fx
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 from fxopt.capture import Inputs
 from fxopt.capture.program import user_line_of_error
@@ -49,12 +50,12 @@ class _Norm(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         norm: Any = self._norm
-        if not norm.training and norm.running_mean is not None:
+        if not norm.training:
             evaluated: torch.Tensor = norm(x)
             return evaluated
         check: Callable[[torch.Tensor], None] = getattr(norm, "_check_input_dim", lambda _: None)
         check(x)
-        momentum, follows = norm.momentum, norm.training and norm.track_running_stats
+        momentum, follows = norm.momentum, norm.track_running_stats
         if follows and norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)
             if momentum is None:  # a cumulative average
@@ -109,7 +110,9 @@ class SynchronisedModel(torch.nn.Module):
             return original.forward(*args, **kwargs)
         inputs = Inputs.flatten(args, kwargs)
         modes = tuple(module.training for module in self.modules())
-        key = (modes, inputs.spec, tuple(inputs.constants.items()))
+        # A graph holds the tensors that it was traced with: `model.to(...)` puts others in the place of buffers.
+        held = tuple(map(id, (*self.parameters(), *self.buffers())))
+        key = (modes, held, inputs.spec, tuple(inputs.constants.items()))
         if key not in self._graphs:
             self._graphs[key] = _synchronised(original, inputs, self._ranks)
         return self._graphs[key](*inputs.tensors)
@@ -192,7 +195,7 @@ _DEFAULTS = {"running_mean": None, "running_var": None, "weight": None, "bias": 
 def _rewrite(module: fx.GraphModule, node: fx.Node, ranks: Ranks) -> Synchronised | None:
     if node.op == "call_module":
         norm = module.get_submodule(str(node.target))
-        if not isinstance(norm, _BatchNorm) or not (norm.training or norm.running_mean is None):
+        if not isinstance(norm, _BatchNorm) or not norm.training:
             return None
         name = str(node.target)
         path = f"{name.replace('.', '_')}_synchronised"
@@ -217,6 +220,12 @@ def _rewrite(module: fx.GraphModule, node: fx.Node, ranks: Ranks) -> Synchronise
     return Synchronised(who, "function")
 
 
+def deployed(model: torch.nn.Module) -> torch.nn.Module:
+    """What a trained model is without the processes that trained it."""
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    return inner.original if isinstance(inner, SynchronisedModel) else inner
+
+
 def sync_batchnorm(model: torch.nn.Module, process_group: dist.ProcessGroup | None = None) -> SynchronisedModel:
     """The model with every batch norm synchronised over a process group while it trains.
 
@@ -232,6 +241,8 @@ def sync_batchnorm(model: torch.nn.Module, process_group: dist.ProcessGroup | No
     """
     if not isinstance(model, torch.nn.Module):
         raise UsageError(f"expected an nn.Module, got {type(model).__name__}")
+    if any(torch.nn.parameter.is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
+        raise UsageError("the model is lazy: parts of it have no sizes yet", hint="call it once on an example first")
     ranks = Ranks(process_group)
     norms = {name: str(norm) for name, norm in model.named_modules() if isinstance(norm, _BatchNorm)}
     sizes = {name: f"{tensor.dtype}{list(tensor.shape)}" for name, tensor in model.state_dict().items()}
