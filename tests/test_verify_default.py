@@ -191,6 +191,20 @@ def test_bitwise_takes_no_rounding() -> None:
     assert not compare.compare([one], [one + 2e-7], bitwise=True).ok
 
 
+@pytest.mark.parametrize("units", [23.0, 25.0])
+def test_what_is_within_the_bound_of_the_original_needs_no_reference(units: float) -> None:
+    """|c - e| <= |c - o| + |o - e| <= 24 u + |o - e|: no reference could say otherwise."""
+    one, asked = torch.ones(1), []
+
+    def reference() -> list[torch.Tensor]:
+        asked.append(True)
+        return [one.double()]
+
+    off = (one.double() + units * torch.finfo(torch.float32).eps).float()
+    assert compare.compare([one], [off], reference=reference).ok is (units < 24)
+    assert bool(asked) is (units > 24)
+
+
 def test_the_reference_settles_what_is_no_plain_rounding() -> None:
     exact = torch.tensor([1.0], dtype=torch.float64)
     off = [torch.tensor([1.0 + 1e-4])]
