@@ -17,6 +17,7 @@ from fxopt.errors import (
     UsageError,
     VerificationError,
 )
+from fxopt.evaluation import Evaluation, evaluate
 from fxopt.graphdiff import GraphDiff, diff
 from fxopt.journal import UNKNOWN
 from fxopt.lowering import Backend, Setting
@@ -37,6 +38,7 @@ __all__ = [
     "CollectiveError",
     "CompiledModule",
     "ConvergenceError",
+    "Evaluation",
     "FxoptError",
     "FxoptNotice",
     "GraphDiff",
@@ -63,6 +65,7 @@ __all__ = [
     "cost",
     "diff",
     "effects",
+    "evaluate",
     "ir",
     "lit",
     "ops",

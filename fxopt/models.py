@@ -41,7 +41,7 @@ def load_model(name: str, seed: int = 0) -> torch.nn.Module:
 
     Raises UsageError where nothing has that name or it needs arguments, ModelError where its code raises.
     """
-    model = _load(name, seed)
+    model = load(name, seed)
     if isinstance(model, tuple) and model:
         model = model[0]
     if not isinstance(model, torch.nn.Module):
@@ -49,8 +49,8 @@ def load_model(name: str, seed: int = 0) -> torch.nn.Module:
     return model
 
 
-def _load(name: str, seed: int) -> Any:
-    """What the factory of a name gives."""
+def load(name: str, seed: int = 0) -> Any:
+    """What the factory of a name gives, called under `seed`. Raises as `load_model` does."""
     place, colon, attribute = name.rpartition(":")
     if not colon or not place or not attribute:
         raise UsageError(f"{name!r} names no model", hint=f"it is written {FORMS}")
@@ -297,7 +297,7 @@ class Example:
 
     def __call__(self) -> tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]:
         """Builds it. Raises UsageError and ModelError as `load_model` does."""
-        made = _load(self.name, self.seed)
+        made = load(self.name, self.seed)
         own = isinstance(made, tuple)
         model, args, kwargs = _parts(made, self.name) if own else (made, (), {})
         if not isinstance(model, torch.nn.Module):

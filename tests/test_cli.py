@@ -302,7 +302,10 @@ def test_an_interrupt_is_130(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "interrupted" in ran.err
 
 
-@pytest.mark.parametrize("command", ["", "compile", "diff", "explain", "passes", "verify", "doctor", "bench"])
+COMMANDS = ("", "compile", "diff", "explain", "passes", "verify", "doctor", "bench", "evaluate")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("option", ["-h", "--help"])
 def test_help_has_the_exit_codes(run: Any, command: str, option: str) -> None:
     ran = run(*([command] if command else []), option)

@@ -81,6 +81,12 @@ LAYERS = (
     "training",
     "compiler",
     "verification",
+    "evaluation.losses",  # of an example
+    "evaluation.tally",  # sums of them
+    "evaluation.batches",
+    "evaluation.shards",  # of several processes
+    "evaluation.evaluate",
+    "evaluation",
     "testing.network",  # what a plugin's tests use
     "testing.oracle",
     "testing.builder",
@@ -104,6 +110,7 @@ LAYERS = (
     "cli.options",
     "cli.making",  # compiling what a command line names
     "cli.bench",
+    "cli.evaluate",
     "cli.commands",
     "cli",
     "__main__",

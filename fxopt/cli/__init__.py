@@ -1,4 +1,4 @@
-"""The command `fxopt`: compile, diff, explain, verify, passes, doctor, bench.
+"""The command `fxopt`: compile, diff, explain, verify, evaluate, passes, doctor, bench.
 
 Results go to standard output, notes and progress to standard error; with --json only JSON goes to standard output,
 errors too. Exit codes are in `fxopt.terminal`.
@@ -12,9 +12,11 @@ from typing import NoReturn
 
 from fxopt.cli.bench import bench_command
 from fxopt.cli.commands import cli
+from fxopt.cli.evaluate import evaluate_command
 from fxopt.terminal import Exit, report_error
 
 cli.add_command(bench_command)
+cli.add_command(evaluate_command)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -39,10 +39,15 @@ class Ranks:
         self._collective(lambda: dist.all_reduce(vector, group=self.group), who)
         return vector
 
+    def tell(self, said: Any) -> list[Any]:
+        """What every process says, in the order of ranks. Pickled, so of processes that trust each other."""
+        heard: list[Any] = [None] * self.size
+        self._collective(lambda: dist.all_gather_object(heard, said, group=self.group), "telling the others")
+        return heard
+
     def agree(self, said: dict[str, Any], what: str) -> None:
         """Raises CollectiveError in every process where not all of them say the same."""
-        heard: list[Any] = [None] * self.size
-        self._collective(lambda: dist.all_gather_object(heard, said, group=self.group), what)
+        heard = self.tell(said)
         for rank, other in enumerate(heard):
             for key in dict.fromkeys((*heard[0], *other)):
                 if heard[0].get(key) != other.get(key):
