@@ -59,7 +59,7 @@ class Evaluation:
     @property
     def drop(self) -> float:
         """The original's top-1 less the compiled one's: 0.01 is one example of a hundred."""
-        return -(self["top-1"].difference or 0.0)
+        return 0.0 - (self["top-1"].difference or 0.0)
 
     def to_dict(self) -> dict[str, Any]:
         """The result for programs: only JSON's types."""

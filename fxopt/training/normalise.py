@@ -32,7 +32,7 @@ class _Normalise(torch.autograd.Function):
         who: str,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        found = _moments_of_all(wide, ctx.needs_input_grad, ranks, who)
+        found = _moments_of_all(wide, ctx.needs_input_grad[0], ranks, who)
         inverse = torch.rsqrt(found.variance + eps)
         result = _standardised(wide, found.mean, inverse)
         ctx.save_for_backward(x, weight, found.mean, inverse, found.count)
@@ -75,19 +75,18 @@ def _standardised(x: torch.Tensor, mean: torch.Tensor, inverse: torch.Tensor) ->
     return (x - along(rough, x) - along(rest, x)) * along(inverse.to(x.dtype), x)
 
 
-def _moments_of_all(x: torch.Tensor, needs_grad: tuple[bool, ...], ranks: Ranks, who: str) -> Moments:
+def _moments_of_all(x: torch.Tensor, needs_grad: bool, ranks: Ranks, who: str) -> Moments:
     own = moments.of(x)
-    flags = x.new_tensor([float(needs_grad[0]), float(any(needs_grad))], dtype=torch.float64)
-    every = ranks.gather(torch.cat([own.mean, own.squares, own.count.view(1), flags]), who)
+    flag = own.count.new_tensor([float(needs_grad)])
+    every = ranks.gather(torch.cat([own.mean, own.squares, own.count.view(1), flag]), who)
     channels = x.shape[1]
-    means, squares, (counts, inputs, anything) = every[:, :channels], every[:, channels:-3], every[:, -3:].unbind(1)
-    for needs, what in ((inputs, "its input"), (anything, "anything of it")):
-        if bool((needs != needs[0]).any()):
-            raise CollectiveError(
-                f"{who}: {what} requires a gradient in ranks {needs.nonzero().flatten().tolist()} only, and the others "
-                "would not join them in the backward pass",
-                hint="give every process inputs, and parameters, that require gradients alike",
-            )
+    means, squares, (counts, needs) = every[:, :channels], every[:, channels:-2], every[:, -2:].unbind(1)
+    if bool((needs != needs[0]).any()):
+        raise CollectiveError(
+            f"{who}: its input requires a gradient in ranks {needs.nonzero().flatten().tolist()} only, and the others "
+            "would not join them in the backward pass",
+            hint="give every process inputs, and layers in front, that require gradients alike",
+        )
     if float(counts.sum()) <= 1:
         raise CollectiveError(
             f"{who}: all processes together have {int(counts.sum())} values per channel, and training needs two",
