@@ -175,6 +175,14 @@ def _batches(model: torch.nn.Module, data: Any, limit: int | None, notes: list[s
     return (taken.call(batch, notes) for batch in drawn), _length(data, limit)
 
 
+def first_call(model: torch.nn.Module, data: Iterable[Any]) -> Call:
+    """The call that the first batch of a loader is, without labels. Raises UsageError where there is none."""
+    calls, _ = _batches(model, data, 1, [])
+    for call in calls:
+        return call
+    raise UsageError("the data has no batches", hint="an iterator is spent once read")
+
+
 def _length(data: object, limit: int | None) -> int:
     try:
         known = len(data) if isinstance(data, Sized) else 0

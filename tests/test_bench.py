@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import fxopt
 import stub_runtimes
@@ -353,3 +355,21 @@ def test_a_chart_as_png_needs_a_program(monkeypatch: pytest.MonkeyPatch, tmp_pat
         chart.check_path(tmp_path / "chart.bmp")
     with pytest.raises(fxopt.UsageError, match="nothing to draw"):
         chart.save([], tmp_path / "chart.svg")
+
+
+def test_a_loaders_first_batch_is_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Seen(Exception):
+        pass
+
+    def saved(model: nn.Module, args: Any, kwargs: Any, path: Path) -> Any:
+        raise Seen(args, kwargs)
+
+    monkeypatch.setattr(measure, "_saved", saved)
+    x, labels = torch.arange(12.0).view(6, 2), torch.zeros(6)
+    with pytest.raises(Seen) as seen:
+        fxopt.benchmark(nn.Linear(2, 2), DataLoader(TensorDataset(x, labels), batch_size=4))
+    (given,), kwargs = seen.value.args
+    assert torch.equal(given, x[:4])
+    assert kwargs == {}
+    with pytest.raises(fxopt.UsageError, match="the data has no batches"):
+        fxopt.benchmark(nn.Linear(2, 2), DataLoader(TensorDataset(x[:0], labels[:0])))

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 
 from fxopt.bench import runtimes
 from fxopt.bench.result import EAGER, FXOPT, Benchmark, Settings, Timing
@@ -27,13 +28,14 @@ from fxopt.bench.worker import Build, Example, Failed, Problem, Ready, Worker, t
 from fxopt.compare import relative_error
 from fxopt.errors import FxoptError, UsageError
 from fxopt.pipeline import Progress
+from fxopt.verification import first_call
 
 Against = str | Sequence[str] | Mapping[str, Prepare]
 
 
 def benchmark(
     model: torch.nn.Module | Build,
-    args: tuple[Any, ...] | torch.Tensor | None = None,
+    args: tuple[Any, ...] | torch.Tensor | DataLoader[Any] | None = None,
     kwargs: Mapping[str, Any] | None = None,
     *,
     against: Against = (EAGER,),
@@ -49,7 +51,8 @@ def benchmark(
 ) -> Benchmark:
     """How fast `model` is on its inputs: in eager PyTorch, compiled by fxopt, and in other runtimes.
 
-    `model` is a module, with the arguments of a call; or a module-level function without arguments that gives the model
+    `model` is a module, with the arguments of a call or a DataLoader whose first batch they are (labels left out as
+    `fxopt.verify` leaves them out); or a module-level function without arguments that gives the model
     and its arguments, `(model, args)` or `(model, args, kwargs)`, and is called in each process under the same `seed`.
     It is run in eval mode, without gradients.
 
@@ -70,6 +73,8 @@ def benchmark(
     chosen = chosen_runtimes(against)
     with tempfile.TemporaryDirectory(prefix="fxopt-bench-", ignore_cleanup_errors=True) as folder:
         if isinstance(model, torch.nn.Module):
+            if isinstance(args, DataLoader):
+                args, kwargs = first_call(model, args)
             build: Build = _saved(model, args, kwargs, Path(folder) / "model.pt")
             called = name or type(model).__name__
         else:
