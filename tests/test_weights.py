@@ -10,11 +10,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 import fxopt
 from fxopt import ir
-from fxopt.lowering import onednn, onednn_products
+from fxopt.lowering import Weights, onednn, onednn_products
 from graphs import FRONT_ENDS, Network, randomised
 
 pytestmark = [
@@ -271,3 +272,43 @@ def test_a_write_to_a_module_that_stays_whole_is_seen(front_end: str) -> None:
         model[0].weight_ih_l0.zero_()  # type: ignore[operator, union-attr]
     with pytest.raises(fxopt.StaleWeightsError):
         fast(x)
+
+
+# -- by itself -------------------------------------------------------------------------------------------------------
+
+
+def holding(tensor: torch.Tensor) -> fx.GraphModule:
+    """A graph that reads one tensor."""
+    graph = fx.Graph()
+    graph.output((graph.get_attr("held"),))
+    leaf = pytree.tree_flatten(((), {}))[1]
+    module = ir.new_module(graph, ir.Interface(leaf, leaf, ()))
+    ir.set_attribute(module, "held", tensor)
+    return module
+
+
+KEPT: dict[str, tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor] | None, bool]] = {
+    "what is unpacked to the bit is emptied": (torch.randn(4, 3), lambda packed: packed / 2, True),
+    "other numbers": (torch.randn(4, 3), lambda packed: packed, False),
+    "no way back": (torch.randn(4, 3), None, False),
+    "a part of a larger memory": (torch.randn(8, 3)[:4], lambda packed: packed / 2, False),
+}
+
+
+@pytest.mark.parametrize(("weight", "unpack", "gone"), KEPT.values(), ids=KEPT.keys())
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "the caller's"])
+def test_what_is_emptied(
+    weight: torch.Tensor, unpack: Callable[[torch.Tensor], torch.Tensor] | None, gone: bool, shared: bool
+) -> None:
+    held, before = weight.view(weight.shape), weight.clone()
+    packed, module = Weights(), holding(held)
+    special = packed.once(("twice",), weight, lambda: weight * 2, unpack)
+    packed.own([module], [weight] if shared else [])
+    packed.release(weight)
+    assert (held.numel() == 0) is (gone and not shared)
+    assert packed.once(("twice",), before, lambda: before * 2) is not special
+    packed.restore(holding(torch.zeros(1)))
+    assert (held.numel() == 0) is (gone and not shared), "another module's"
+    packed.restore(module)
+    assert torch.equal(held, before)
+    assert packed.once(("twice",), held, lambda: None) is special, "known under its new place"
