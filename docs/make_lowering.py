@@ -42,7 +42,10 @@ POINTWISE = (
     (58, 58, 28), (116, 116, 14), (64, 256, 13), (144, 32, 28), (384, 96, 14), (96, 576, 14), (64, 128, 56),
     (160, 960, 7), (512, 2048, 7), (256, 1024, 14), (256, 128, 56),
 )  # fmt: skip
-NETWORKS = ("resnet50", "googlenet", "densenet121", "squeezenet1_1", "mobilenet_v3_large", "regnet_y_400mf", "bert_base")
+#: Of docs/benchmark_models.py.
+NETWORKS = (
+    "resnet50", "googlenet", "densenet121", "squeezenet1_1", "mobilenet_v3_large", "regnet_y_400mf", "bert_base",
+)  # fmt: skip
 #: What is left out of the lowering, and how.
 WITHOUT: dict[str, Any] = {
     "products": [(onednn_products, name, 0) for name in ("READ_ONCE", "FEW", "FEW_PIXELS", "SMALL", "SMALLEST")],
