@@ -3,7 +3,7 @@
     python docs/make_sync.py
 
 Processes of one gloo group on this machine run a norm forwards and backwards, with one collective each way and with two
-(sums first, then deviations from the joint mean; backwards each sum for itself), in turns. Meanwhile the machine should
+(means first, then squares; backwards each sum for itself), in turns, and compute the same. Meanwhile the machine should
 do nothing else.
 """
 
@@ -15,16 +15,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import torch
 import torch.distributed as dist
-from torch.autograd.function import once_differentiable
 
 from fxopt.bench.system import machine
-from fxopt.training.moments import along, over
 from fxopt.training.normalise import batch_norm
 from fxopt.training.ranks import Ranks
 from processes import run
@@ -35,41 +32,28 @@ SHAPES = ((8, 64, 7, 7), (8, 256, 14, 14), (8, 64, 56, 56), (8, 2048, 7, 7))
 ROUNDS, CALLS = 9, 20
 
 
-class Twice(torch.autograd.Function):
-    """The same, but for two collectives forwards and two backwards; no weight and bias."""
+class Twice(Ranks):
+    """Processes that tell each other in two collectives what one could say, each way."""
 
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-        """x: float32[N, C, ...]."""
-        count = torch.tensor([float(x.numel() // x.shape[1])], dtype=torch.float64)
-        sums = ranks.add(torch.cat([x.sum(over(x)).double(), count]), "sums")
-        mean, total = sums[:-1] / sums[-1], sums[-1]
-        deviations = x - along(mean.float(), x)
-        squares = ranks.add(deviations.square().sum(over(x)).double(), "squares")
-        inverse = torch.rsqrt(squares / total + 1e-5)
-        result = deviations * along(inverse.float(), x)
-        ctx.save_for_backward(result, inverse, total)
-        ctx.ranks = ranks
-        return result
+    def gather(self, vector: torch.Tensor, who: str) -> torch.Tensor:
+        """Means first, then squares and counts, as where deviations are taken from the joint mean."""
+        half = (vector.numel() - 2) // 2
+        return torch.cat([super().gather(part.clone(), who) for part in (vector[:half], vector[half:])], 1)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """dy: float32[N, C, ...]."""
-        standard, inverse, total = ctx.saved_tensors
-        plain = ctx.ranks.add(dy.sum(over(dy)).double(), "sum of gradients") / total
-        product = ctx.ranks.add((dy * standard).sum(over(dy)).double(), "sum of products") / total
-        centred = dy - along(plain.float(), dy) - standard * along(product.float(), dy)
-        return centred * along(inverse.float(), dy), None
+    def add(self, vector: torch.Tensor, who: str) -> torch.Tensor:
+        """Each sum for itself."""
+        for part in vector.chunk(2):
+            super().add(part, who)
+        return vector
 
 
 def milliseconds(rank: int, shape: tuple[int, ...]) -> list[float]:
     """Of one and of two collectives each way, and of torch's batch norm without any: the medians of a call."""
-    ranks = Ranks()
+    one, two = Ranks(), Twice()
     x = torch.randn(shape).requires_grad_()
     candidates: list[Callable[[], torch.Tensor]] = [
-        lambda: batch_norm(x, None, None, None, None, 0.1, 1e-5, ranks=ranks),
-        lambda: Twice.apply(x, ranks),
+        lambda: batch_norm(x, None, None, None, None, 0.1, 1e-5, ranks=one),
+        lambda: batch_norm(x, None, None, None, None, 0.1, 1e-5, ranks=two),
         lambda: torch.nn.functional.batch_norm(x, None, None, training=True),
     ]
     found: list[list[float]] = [[] for _ in candidates]

@@ -44,18 +44,21 @@ def along(vector: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return vector.view(1, -1, *[1] * (x.dim() - 2))
 
 
-def of(x: torch.Tensor) -> Moments:
-    """The moments of float[N, C, ...]; of no values they are zero."""
-    channels = x.shape[1]
-    count = torch.tensor(float(x.numel() // channels if channels else 0), dtype=torch.float64, device=x.device)
-    if not x.numel():
-        nothing = torch.zeros(channels, dtype=torch.float64, device=x.device)
+def rough_mean(x: torch.Tensor) -> torch.Tensor:
+    """[C]: the mean in x's own dtype, which rounding may put off; zero of no values."""
+    return x.mean(over(x)) if x.numel() else x.new_zeros(x.shape[1])
+
+
+def of(deviations: torch.Tensor, rough: torch.Tensor) -> Moments:
+    """The moments of float[N, C, ...], given as deviations from its rough mean; of no values they are zero."""
+    channels = deviations.shape[1]
+    count = rough.new_tensor(deviations.numel() // max(channels, 1), dtype=torch.float64)
+    if not deviations.numel():
+        nothing = torch.zeros_like(rough, dtype=torch.float64)
         return Moments(count, nothing, nothing)
-    first = x.mean(over(x))
-    deviations = x - along(first, x)
-    rest = deviations.mean(over(x)).double()
-    squares = deviations.square().sum(over(x)).double() - count * rest.square()
-    return Moments(count, first.double() + rest, squares.clamp_min(0))
+    rest = deviations.mean(over(deviations)).double()
+    squares = deviations.square().sum(over(deviations)).double() - count * rest.square()
+    return Moments(count, rough.double() + rest, squares.clamp_min(0))
 
 
 def combined(counts: torch.Tensor, means: torch.Tensor, squares: torch.Tensor) -> Moments:

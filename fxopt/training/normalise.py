@@ -31,32 +31,33 @@ class _Normalise(torch.autograd.Function):
         ranks: Ranks,
         who: str,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        found = _moments_of_all(wide, ctx.needs_input_grad[0], ranks, who)
+        wide = _wide(x)
+        rough = moments.rough_mean(wide)
+        deviations = wide - along(rough, x)
+        found = _moments_of_all(moments.of(deviations, rough), ctx.needs_input_grad[0], ranks, who)
         inverse = torch.rsqrt(found.variance + eps)
-        result = _standardised(wide, found.mean, inverse)
-        ctx.save_for_backward(x, weight, found.mean, inverse, found.count)
+        rest = found.mean - rough.double()
+        ctx.save_for_backward(x, weight, rough, rest, inverse, found.count)
         ctx.ranks, ctx.who, ctx.bias_dtype = ranks, who, None if bias is None else bias.dtype
-        if weight is not None:
-            result = result * along(weight.to(wide.dtype), x)
-        if bias is not None:
-            result = result + along(bias.to(wide.dtype), x)
+        scale = inverse if weight is None else inverse * weight.double()
+        shift = -rest * scale if bias is None else bias.double() - rest * scale
+        result = _affine(deviations, scale, shift)
         ctx.mark_non_differentiable(found.mean, found.squares, found.count)
         return result.to(x.dtype), found.mean, found.squares, found.count
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        x, weight, mean, inverse, count = ctx.saved_tensors
-        wide, dy = (value.float() if value.dtype in (torch.float16, torch.bfloat16) else value for value in (x, dy))
-        standard = _standardised(wide, mean, inverse)
+        x, weight, rough, rest, inverse, count = ctx.saved_tensors
+        wide, dy = _wide(x), _wide(dy)
+        standard = _affine(wide - along(rough, x), inverse, -rest * inverse)
         sums = torch.stack([dy.sum(over(dy)), (dy * standard).sum(over(dy))]).double()
         dx = None
         if ctx.needs_input_grad[0]:
             plain, product = ctx.ranks.add(sums.clone().view(-1), f"{ctx.who}, backward").view(2, -1) / count
             scale = inverse if weight is None else inverse * weight.double()
-            centred = dy - along(plain.to(dy.dtype), dy) - standard * along(product.to(dy.dtype), dy)
-            dx = (centred * along(scale.to(dy.dtype), dy)).to(x.dtype)
+            wide_dx = _affine(dy, scale, -plain * scale)
+            dx = wide_dx.addcmul_(standard, along((-product * scale).to(dy.dtype), dy)).to(x.dtype)
         needs = ctx.needs_input_grad
         return (
             dx,
@@ -68,18 +69,23 @@ class _Normalise(torch.autograd.Function):
         )
 
 
-def _standardised(x: torch.Tensor, mean: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-    """(x - mean) / sqrt(variance + eps). The mean is taken off in two parts: as float32 it may be off by 1e-4."""
-    rough = mean.to(x.dtype)
-    rest = (mean - rough.double()).to(x.dtype)
-    return (x - along(rough, x) - along(rest, x)) * along(inverse.to(x.dtype), x)
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """Half precision as float32, which is what statistics are computed in."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _moments_of_all(x: torch.Tensor, needs_grad: bool, ranks: Ranks, who: str) -> Moments:
-    own = moments.of(x)
+def _affine(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """x * scale + shift, float64[C] each: one pass over x.
+
+    What is given is a deviation from a rough mean: the mean itself, rounded to float32, may be off by 1e-4.
+    """
+    return torch.addcmul(along(shift.to(x.dtype), x), x, along(scale.to(x.dtype), x))
+
+
+def _moments_of_all(own: Moments, needs_grad: bool, ranks: Ranks, who: str) -> Moments:
     flag = own.count.new_tensor([float(needs_grad)])
     every = ranks.gather(torch.cat([own.mean, own.squares, own.count.view(1), flag]), who)
-    channels = x.shape[1]
+    channels = len(own.mean)
     means, squares, (counts, needs) = every[:, :channels], every[:, channels:-2], every[:, -2:].unbind(1)
     if bool((needs != needs[0]).any()):
         raise CollectiveError(
