@@ -38,7 +38,8 @@ class Twice(Ranks):
     def gather(self, vector: torch.Tensor, who: str) -> torch.Tensor:
         """Means first, then squares and counts, as where deviations are taken from the joint mean."""
         half = (vector.numel() - 2) // 2
-        return torch.cat([super().gather(part.clone(), who) for part in (vector[:half], vector[half:])], 1)
+        means = super().gather(vector[:half].clone(), who)
+        return torch.cat([means, super().gather(vector[half:].clone(), who)], 1)
 
     def add(self, vector: torch.Tensor, who: str) -> torch.Tensor:
         """Each sum for itself."""
