@@ -62,6 +62,7 @@ def group_of_three(rank: int) -> dict[str, Any]:
         "other weights": lambda: fxopt.evaluate(Net(off=float(rank)), Net().eval(), loader(), process_group=group),
         "a sampler": lambda: scores(loader(sampler=WeightedRandomSampler([1.0] * EXAMPLES, EXAMPLES)), group),
         "nothing": lambda: scores([], group),
+        "a last batch dropped": lambda: scores(loader(drop_last=True), group),
     }
     for name, call in wrong.items():
         with pytest.raises(fxopt.FxoptError) as raised:
@@ -95,6 +96,7 @@ SAID = {
     "out of range": ("rank 1 of 3 failed: batch 0: example 0 has the label 9", 1),
     "other weights": ("CollectiveError: the model differs between processes: linear.weight is", None),
     "a sampler": ("a loader with a WeightedRandomSampler cannot be shared", None),
+    "a last batch dropped": ("a loader that drops the last batch cannot be shared", None),
     "nothing": ("UsageError: the data has no examples", None),
 }
 

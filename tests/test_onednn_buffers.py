@@ -125,7 +125,12 @@ Expected = tuple[list[int], list[int]]
 
 def pixels(m: Any, x: torch.Tensor) -> Any:
     """A linear layer over the channels of each pixel."""
-    return m.linear(x.permute(0, 2, 3, 1))
+    return m.linear(wide(x))
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """Images with their channels last."""
+    return x.permute(0, 2, 3, 1)
 
 
 PARTS: dict[str, tuple[Any, Expected]] = {
@@ -138,6 +143,12 @@ PARTS: dict[str, tuple[Any, Expected]] = {
     "a product that something else reads": (lambda m, x: [y := m.first(x), m.third(x), m.third(y)], ([], [])),
     "a linear layer over channels": (lambda m, x: [pixels(m, x).permute(0, 3, 1, 2), m.third(x)], ([4], [6])),
     "a linear layer, turned round": (lambda m, x: [pixels(m, x).permute(0, 3, 2, 1), m.third(x)], ([], [])),
+    "a step that broadcasts": (
+        lambda m, x: [(pixels(m, x[:, :, :1]) + wide(x)).permute(0, 3, 1, 2), m.third(x)], ([], []),
+    ),
+    "a linear layer whose bias has a row for each column": (
+        lambda m, x: [F.linear(wide(x), m.linear.weight, m.bias).permute(0, 3, 1, 2), m.third(x)], ([], []),
+    ),
     "a linear layer that something else reads": (
         lambda m, x: [(y := pixels(m, x)).permute(0, 3, 1, 2), m.third(x) + y.sum(3).unsqueeze(1)], ([], []),
     ),
@@ -160,6 +171,7 @@ def test_products_write_into_their_slices(body: Any, expected: Expected, images:
     parts = {
         "first": nn.Conv2d(4, 4, 1), "plain": nn.Conv2d(4, 4, 1, bias=False), "third": nn.Conv2d(4, 6, 3, padding=1),
         "reader": nn.LazyConv2d(4, 3), "linear": nn.Linear(4, 4),
+        "bias": nn.Parameter(torch.randn(9, 4)),
     }  # fmt: skip
     model = Network(lambda m, x: m.reader(torch.cat(body(m, x), 1)), **parts).eval()
     x = torch.randn(images, 4, 9, 9)

@@ -40,6 +40,8 @@ def share(data: Iterable[Any], ranks: Ranks) -> Share:
     if not isinstance(data, DataLoader) or isinstance(data.dataset, IterableDataset):
         return Share(itertools.islice(data, ranks.rank, None, ranks.size))
     sampler = data.sampler
+    if data.drop_last:
+        raise UsageError("a loader that drops the last batch cannot be shared", hint="leave drop_last out")
     if not isinstance(sampler, DistributedSampler):
         shuffles = isinstance(sampler, RandomSampler) and not sampler.replacement
         plain = shuffles or isinstance(sampler, SequentialSampler)

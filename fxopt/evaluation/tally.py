@@ -44,9 +44,9 @@ class Tally:
     def interval(self) -> tuple[float, float]:
         """95 % confidence of the mean difference over examples like these, each being compared with itself.
 
-        Of hits it is Agresti and Min's, which counts one example more of -1 and
-        of 1, half each way ("Simple improved confidence intervals for comparing matched proportions", 2005): where none
-        differs it says how many more might have to come before one does. Of other scores it is the normal one.
+        Of hits it is Agresti and Min's, which adds half an example each way, and one on which both agree ("Simple
+        improved confidence intervals for comparing matched proportions", 2005): it is not empty where none differs. Of
+        other scores it is the normal one.
         """
         count, total, squares = float(self.count), self.difference, self.squares
         if self.hits:

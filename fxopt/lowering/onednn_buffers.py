@@ -82,7 +82,11 @@ def _product(part: fx.Node) -> list[fx.Node]:
     while chain[0].target in WRITTEN and len(chain[0].users) == 1 and isinstance(chain[0].args[0], fx.Node):
         chain.insert(0, chain[0].args[0])
     product = chain[0]
-    return chain if product.target is aten.linear.default and len(product.users) == 1 else []
+    if product.target is not aten.linear.default or len(product.users) != 1:
+        return []
+    bias, shapes = ir.argument(product, "bias"), {ir.shape(step) for step in chain}
+    # Rows are multiplied as one matrix: a bias of more dimensions, or a step that broadcasts, would not fit it.
+    return chain if len(shapes) == 1 and (bias is None or ir.rank(bias) == 1) else []
 
 
 def _decline_copies(rewriter: Rewriter, node: fx.Node, new: list[bool], written: Collection[int]) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,14 +27,6 @@ from fxopt.capture.program import user_line_of_error
 from fxopt.errors import CaptureError, UsageError
 from fxopt.training.normalise import batch_norm
 from fxopt.training.ranks import Ranks
-
-
-@dataclass(frozen=True)
-class Synchronised:
-    """A batch norm of one graph: its module or node, and the user's line where it is a function call."""
-
-    name: str
-    kind: str
 
 
 class _Norm(torch.nn.Module):
@@ -136,7 +127,7 @@ class SynchronisedModel(torch.nn.Module):
         lines = [f"batch norms synchronised over {self._ranks.size} processes, one collective forwards and backwards"]
         for (training, *_), graph in self._graphs.items():
             mode = "in training mode" if all(training) else "with parts in eval mode"
-            names = ", ".join(norm.name for norm in graph.meta["synchronised"]) or "none, all use running statistics"
+            names = ", ".join(graph.meta["synchronised"]) or "none, all use running statistics"
             lines.append(f"{mode}, by a graph of its own: {names}")
         return "\n".join([*lines, "in eval mode, by the model's own forward: none, all use running statistics"])
 
@@ -192,7 +183,8 @@ _DEFAULTS = {"running_mean": None, "running_var": None, "weight": None, "bias": 
              "momentum": 0.1, "eps": 1e-5}  # fmt: skip
 
 
-def _rewrite(module: fx.GraphModule, node: fx.Node, ranks: Ranks) -> Synchronised | None:
+def _rewrite(module: fx.GraphModule, node: fx.Node, ranks: Ranks) -> str | None:
+    """Synchronises a node that is a batch norm in training mode, and gives its name; None for any other."""
     if node.op == "call_module":
         norm = module.get_submodule(str(node.target))
         if not isinstance(norm, _BatchNorm) or not norm.training:
@@ -201,7 +193,7 @@ def _rewrite(module: fx.GraphModule, node: fx.Node, ranks: Ranks) -> Synchronise
         path = f"{name.replace('.', '_')}_synchronised"
         module.add_submodule(path, _Norm(norm, ranks, name))
         node.target = path
-        return Synchronised(name, type(norm).__name__)
+        return name
     if node.op != "call_function" or node.target not in _FUNCTIONS:
         return None
     given = {**_DEFAULTS, **dict(zip(_FUNCTIONS[node.target], node.args, strict=False)), **node.kwargs}
@@ -217,7 +209,7 @@ def _rewrite(module: fx.GraphModule, node: fx.Node, ranks: Ranks) -> Synchronise
         return batch_norm(*args, ranks=ranks, who=who)
 
     node.target = normalise
-    return Synchronised(who, "function")
+    return who
 
 
 def deployed(model: torch.nn.Module) -> torch.nn.Module:
