@@ -2,13 +2,14 @@
 
 from fxopt import cost, effects, ir, ops
 from fxopt.bench import benchmark
-from fxopt.compiler import FxoptNotice, compile, trace
+from fxopt.compiler import compile, trace
 from fxopt.errors import (
     CaptureError,
     CheckError,
     CollectiveError,
     ConvergenceError,
     FxoptError,
+    FxoptNotice,
     InputError,
     PluginError,
     RenderError,
@@ -25,6 +26,7 @@ from fxopt.pattern import Match, NoMatch, any_of, call, const, lit, var
 from fxopt.plugins import backends, passes, register
 from fxopt.rewrite import Pass, Rewriter, Rule
 from fxopt.runtime import CompiledModule
+from fxopt.trainable import TrainableModule
 from fxopt.training import sync_batchnorm
 from fxopt.verification import Verification, verify
 
@@ -53,6 +55,7 @@ __all__ = [
     "Rule",
     "Setting",
     "StaleWeightsError",
+    "TrainableModule",
     "UsageError",
     "Verification",
     "VerificationError",

@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal, overload
 
 import torch
 from torch import fx
 
 from fxopt import plugins
 from fxopt.capture import Inputs, capture_export, capture_symbolic, private_copy
-from fxopt.errors import CaptureError, UsageError
+from fxopt.errors import CaptureError, FxoptNotice, UsageError
 from fxopt.pipeline import Progress, Step, flat, only
 from fxopt.program import Options
 from fxopt.rewrite import Numerics, Pass
 from fxopt.runtime import CompiledModule
 from fxopt.session import Session
 from fxopt.state import privatise
+from fxopt.trainable import TrainableModule
+from fxopt.trainable import make as make_trainable
 from fxopt.training import deployed
 
 #: How passes are named: "default", or names ("default" among them) and Pass objects in the order in which they run. An
 #: inner tuple of them is a group that is repeated until none of its passes rewrites.
 Passes = str | Iterable[str | Pass | tuple[str | Pass, ...]]
-
-
-class FxoptNotice(UserWarning):
-    """Something that the caller may want to know, and that is also in the report."""
 
 
 def choose_passes(passes: Passes = "default", disable: Iterable[str] = ()) -> tuple[Step, ...]:
@@ -54,6 +53,7 @@ def _stretch(entry: object) -> tuple[Step, ...]:
     return plugins.default_pipeline() if entry == "default" else (plugins.named(entry),)
 
 
+@overload
 def compile(
     model: torch.nn.Module,
     args: tuple[Any, ...] | torch.Tensor | None = None,
@@ -65,9 +65,45 @@ def compile(
     numerics: Numerics = "reassociate",
     verify: bool | str = True,
     dynamic_shapes: str | None = "batch",
+    trainable: Literal[False] = False,
     strict: bool = False,
     progress: Progress | None = None,
-) -> CompiledModule:
+) -> CompiledModule: ...
+
+
+@overload
+def compile(
+    model: torch.nn.Module,
+    args: tuple[Any, ...] | torch.Tensor | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    passes: Passes = "default",
+    disable: Sequence[str] = (),
+    backend: str = "auto",
+    numerics: Numerics = "reassociate",
+    verify: bool | str = True,
+    dynamic_shapes: str | None = "batch",
+    trainable: Literal[True],
+    strict: bool = False,
+    progress: Progress | None = None,
+) -> TrainableModule: ...
+
+
+def compile(
+    model: torch.nn.Module,
+    args: tuple[Any, ...] | torch.Tensor | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    passes: Passes = "default",
+    disable: Sequence[str] = (),
+    backend: str = "auto",
+    numerics: Numerics = "reassociate",
+    verify: bool | str = True,
+    dynamic_shapes: str | None = "batch",
+    trainable: bool = False,
+    strict: bool = False,
+    progress: Progress | None = None,
+) -> CompiledModule | TrainableModule:
     """The same function as `model` in eval mode, faster.
 
     `args` and `kwargs` are example inputs, of any structure. With them everything is done now: captured by torch.export
@@ -79,6 +115,9 @@ def compile(
     `backend` is "auto" or the name of one. `numerics` is what is allowed: "bitwise", "reassociate" or "approximate".
     `verify` compares the result with the original on first use; "each" compares after every pass. With `strict` a pass
     that fails or changes the answer raises, instead of being rolled back and named in the report.
+    `trainable` stops before lowering: what is returned runs the rewritten graph in ATen, on parameters of its own that
+    require grad where the model's do, or where they are folded from such. It needs example inputs. With `verify`,
+    gradients are compared with the model's, through what was folded, in float64.
     `progress(stage, done, total)` is called as work goes on.
 
     Raises UsageError for what is not a module or an option, CaptureError where the model cannot be captured,
@@ -91,6 +130,8 @@ def compile(
     if dynamic_shapes not in ("batch", "all", None):
         raise UsageError(f"dynamic_shapes is {dynamic_shapes!r}", hint='it is "batch", "all" or None')
     model = deployed(model)
+    if isinstance(model, TrainableModule):
+        model = model.graph_module
     original = private_copy(model)
     if backend != "auto":
         plugins.backend(backend)
@@ -105,6 +146,16 @@ def compile(
             "the model is on the meta device: it has shapes but no values",
             hint="load its weights onto a device first (to_empty, then load_state_dict)",
         )
+    if trainable:
+        if args is None and kwargs is None:
+            raise UsageError("trainable=True needs example inputs", hint="fxopt.compile(model, (x,), trainable=True)")
+        if backend not in ("auto", "aten"):
+            raise UsageError(f"trainable=True stops before lowering: it takes no backend {backend!r}")
+        session = Session(original, type(model).__name__, replace(options, backend="aten"))
+        tuned = make_trainable(model, session, _examples(args), dict(kwargs or {}))
+        session.report.notices[:0] = notices
+        _tell(notices)
+        return tuned
     session = Session(original, type(model).__name__, options)
     if args is None and kwargs is None:
         try:

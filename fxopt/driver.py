@@ -6,6 +6,8 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
+
 from fxopt import buffers
 from fxopt.edit import Editor
 from fxopt.errors import ConvergenceError, FxoptError, RewriteError
@@ -21,10 +23,11 @@ def apply(current: Pass, editor: Editor, journal: Journal, *, budget: int | None
     RewriteError when a rewrite fails.
     """
     rewriter = Rewriter(editor, current, journal)
-    if current.run is not None:
-        _run_function(current.run, rewriter)
-    else:
-        _run_rules(current.rules, rewriter, 10 * len(editor.graph.nodes) + 100 if budget is None else budget)
+    with torch.enable_grad():  # what is computed from trained parameters is known by requiring grad
+        if current.run is not None:
+            _run_function(current.run, rewriter)
+        else:
+            _run_rules(current.rules, rewriter, 10 * len(editor.graph.nodes) + 100 if budget is None else budget)
     for buffer, number, why in buffers.settle(editor):
         rewriter.decline(buffer, buffers.report(buffers.parts(buffer)[number], why), rule=f"part {number}")
 

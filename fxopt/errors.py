@@ -101,3 +101,7 @@ class CollectiveError(FxoptError):
 
 class RenderError(FxoptError):
     """A picture could not be drawn."""
+
+
+class FxoptNotice(UserWarning):
+    """Something that the caller may want to know; what concerns compiling is also in the report."""

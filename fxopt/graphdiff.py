@@ -24,7 +24,7 @@ from fxopt.pipeline import both
 
 if TYPE_CHECKING:
     from fxopt.journal import Decline
-    from fxopt.runtime import CompiledModule
+    from fxopt.looking import Shown
 
 Status = Literal["kept", "changed", "removed", "added"]
 STATUSES: tuple[Status, ...] = ("removed", "added", "changed", "kept")
@@ -221,7 +221,7 @@ def _module(given: object) -> fx.GraphModule:
     )
 
 
-def of_compiled(compiled: CompiledModule, pass_name: str | None = None) -> GraphDiff:
+def of_compiled(compiled: Shown, pass_name: str | None = None) -> GraphDiff:
     """What compiling did to a model's graph: all of it, or what one pass did. Aligned by the record of the rewrites.
 
     Raises UsageError where the pipeline has no such pass.

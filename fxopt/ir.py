@@ -23,6 +23,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
 
+from fxopt import trained
+
 aten = torch.ops.aten
 
 #: What a FakeTensor says where the shape depends on values, or the operator has no implementation for it.
@@ -200,7 +202,7 @@ def tensor(node: Any) -> torch.Tensor | None:
     if not isinstance(node, fx.Node) or node.op != "get_attr":
         return None
     value = get_attribute(module_of(node.graph), cast(str, node.target))
-    return value.detach() if isinstance(value, torch.Tensor) else None
+    return trained.read(value) if isinstance(value, torch.Tensor) else None
 
 
 def identity(value: torch.Tensor) -> tuple[object, ...]:

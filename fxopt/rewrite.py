@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import fx
 
-from fxopt import effects, ir, legality, observe
+from fxopt import effects, ir, legality, observe, trained
 from fxopt.edit import Editor
 from fxopt.errors import FxoptError, RewriteError
 from fxopt.journal import UNKNOWN, Decline, Journal, Rewrite
@@ -116,14 +116,16 @@ class Rewriter:
 
     def constant(self, value: torch.Tensor, name: str, *, keep_strides: bool = False) -> fx.Node:
         """A new constant tensor of the module, under `name` or a name like it, as a node; contiguous unless
-        `keep_strides`, which keeps its memory, too."""
+        `keep_strides`, which keeps its memory, too. Of what depends on trained parameters it is one itself."""
         assert self._point is not None, "nodes are built inside a rewrite"
         with torch.inference_mode(False):  # autograd could not use an inference tensor later
             kept: torch.Tensor = value.detach()
             kept = kept.clone() if kept.is_inference() else kept
             kept = kept if keep_strides else kept.contiguous()
         if kept.is_floating_point():
-            kept = torch.nn.Parameter(kept, requires_grad=False)
+            kept = torch.nn.Parameter(kept, requires_grad=value.requires_grad)
+            if value.requires_grad:
+                trained.Folds.of(self.module).add(kept, value)
         path = self.editor.add_tensor(name, kept)
         return self.editor.insert(
             "get_attr", path, before=self._point, origin=self._origin, name=path.replace(".", "_")

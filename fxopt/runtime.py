@@ -19,21 +19,20 @@ from torch.utils import _pytree as pytree
 from fxopt import ir, memory, ops, session
 from fxopt.capture import Inputs
 from fxopt.errors import StaleWeightsError, UsageError
+from fxopt.looking import Shown, presentable
 from fxopt.program import Specialisation
-from fxopt.report import Explanation, Report, explain
 
 #: How many signatures a module remembers.
 MOST_SPECIALISATIONS = 32
 
 
-class CompiledModule(torch.nn.Module):
+class CompiledModule(Shown):
     """What `fxopt.compile` returns: the same function as the original in eval mode, faster.
 
     Its parameters are frozen: a result requires grad only where an input does. It shares with the caller's model the
     tensors that it did not change; after a write to one of those a call raises StaleWeightsError.
     """
 
-    _session: session.Session
     _lock: threading.RLock
     _ready: OrderedDict[Any, Specialisation]
     _versions: tuple[tuple[torch.Tensor, int], ...]
@@ -117,40 +116,11 @@ class CompiledModule(torch.nn.Module):
     # -- looking -----------------------------------------------------------------------------------------------------
 
     @property
-    def report(self) -> Report:
-        """What the compilation did; print it, or `to_dict()`."""
-        return self._session.report
-
-    def explain(self, subject: str) -> Explanation:
-        """What happened to a layer (a module path) or node, or why nothing did.
-
-        Raises UsageError where nothing has that name.
-        """
-        return explain(subject, self._session.before, self._session.after, self._session.report)
-
-    def diff(self, pass_name: str | None = None) -> Any:
-        """The graph before and after, to save as a picture: of all passes, or of one."""
-        from fxopt import graphdiff
-
-        self._shown()
-        return graphdiff.of_compiled(self, pass_name)
-
-    @property
-    def captured_graph(self) -> fx.GraphModule:
-        """The graph as it was captured, in the normal form, before any rewrite."""
-        return _presentable(self._shown().before)
-
-    @property
-    def fused_graph(self) -> fx.GraphModule:
-        """The rewritten graph, fused operations as single nodes."""
-        return _presentable(self._shown().after)
-
-    @property
     def graph_module(self) -> fx.GraphModule:
         """The rewritten graph in plain ATen, exportable anywhere."""
         module, _ = ir.copy(self._shown().after)
         ops.decompose_all(module)
-        return _presentable(module)
+        return presentable(module)
 
     def __repr__(self) -> str:
         report = self._session.report
@@ -256,23 +226,3 @@ def _tensor_key(leaf: torch.Tensor) -> Any:
 def _constant_key(leaf: Any) -> Any:
     # By their spelling 0.0 and -0.0 differ, and NaN is one constant; a slice has no hash before Python 3.12.
     return (type(leaf), repr(leaf) if isinstance(leaf, (float, complex, slice)) else leaf)
-
-
-def _presentable(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy with the user's own signature, and code to run."""
-    twin, _ = ir.copy(module)
-    interface = ir.interface(module)
-    graph = twin.graph
-    placeholders = graph.find_nodes(op="placeholder")
-    args_spec, kwargs_spec = interface.in_spec.children()
-    if not interface.constants and all(child.is_leaf() for child in (*args_spec.children(), *kwargs_spec.children())):
-        # Plain arguments: the module takes and gives them as the model does.
-        names = [node.name for node in placeholders]
-        graph.set_codegen(
-            fx.graph._PyTreeCodeGen(
-                fx.graph._PyTreeInfo(names, interface.in_spec, interface.out_spec)
-            )
-        )
-    twin.recompile()
-    return twin
-

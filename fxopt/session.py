@@ -50,7 +50,10 @@ MOST_PROGRAMS = 8
 
 @dataclass
 class Session:
-    """The private original, the options, and the programs made so far; `first` is the one that the report is about."""
+    """The private original, the options, and the programs made so far; the first is the one that the report is about.
+
+    `trained` has the identities of the parameters that shall be trained: they require grad in every capture.
+    """
 
     original: torch.nn.Module
     name: str
@@ -59,6 +62,7 @@ class Session:
     discarded: bool = False
     packed: Weights = field(default_factory=Weights)
     converted: bool = False
+    trained: frozenset[Any] = frozenset()
     restless: list[str] = field(default_factory=list)
     before: fx.GraphModule = field(init=False)
     after: fx.GraphModule = field(init=False)
@@ -121,6 +125,9 @@ class Session:
 
     def _privatise(self, captured: Captured) -> None:
         privatise(captured, self.original, [program.captured for program in self.programs])
+        for tensor in ir.tensors(captured.module).values() if self.trained else ():
+            if ir.identity(tensor) in self.trained:
+                tensor.requires_grad_()
 
     def _capture_checked(self, inputs: Inputs, dynamic: str | None) -> Program:
         """A program captured for a call: with open sizes where that says what the model does on these inputs."""

@@ -40,8 +40,8 @@ class Map:
 
     @property
     def shifts(self) -> bool:
-        """Whether the shift is anything but zero."""
-        return bool((self.shift != 0).any())
+        """Whether the shift is anything but zero, or will be."""
+        return self.shift.requires_grad or bool((self.shift != 0).any())
 
     def after(self, first: Map) -> Map:
         """The map that does `first` and then this one."""
@@ -175,7 +175,7 @@ def _finite(layer: fx.Node, moved: Map) -> NoMatch | None:
 def range_guard(node: fx.Node, dtype: torch.dtype, scales: torch.Tensor, shifts: torch.Tensor) -> NoMatch | None:
     """The largest folded weight of each channel, and the largest biases, neither overflow `dtype` nor vanish in it."""
     limits = torch.finfo(dtype)
-    if not float(torch.maximum(scales.max(), shifts.max())) <= limits.max:
+    if not float(torch.maximum(scales.max(), shifts.max()).detach()) <= limits.max:
         return NoMatch(f"the folded weight or bias would leave the range of {dtype}", node)
     # Dead channels of trained networks have weights of 1e-40, which matter nowhere. float16 ends so much earlier
     # (6e-5) that each of its channels is asked.

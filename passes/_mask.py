@@ -59,7 +59,7 @@ class Facts:
         if node.op == "get_attr":
             found = ir.tensor(node)
             plain = found is not None and type(found) is torch.Tensor and found.layout is torch.strided
-            return found if plain and not found.is_meta else None  # type: ignore[union-attr]
+            return found if plain and not (found.is_meta or found.requires_grad) else None  # type: ignore[union-attr]
         known, target = ir.fake(node), node.target
         if known is None or not isinstance(target, OpOverload) or target.namespace != "aten":
             return None
@@ -71,8 +71,7 @@ class Facts:
         if any(operand is None for operand in operands.values()):
             return None
         args, kwargs = fx.map_arg((node.args, node.kwargs), operands.__getitem__)
-        with torch.no_grad():
-            found = target(*args, **kwargs)
+        found = target(*args, **kwargs)
         return found if isinstance(found, torch.Tensor) else None
 
     def bounds(self, value: Any) -> tuple[float, float] | None:

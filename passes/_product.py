@@ -37,11 +37,13 @@ _LIKE = 1e-2
 
 
 def number(value: Any) -> float | None:
-    """A literal, or a constant without dimensions, as a number; None for anything else."""
+    """A literal, or a constant without dimensions that no training changes, as a number; None for anything else."""
     if type(value) in (int, float):
         return float(value)
     held = ir.tensor(value)
-    if held is None or held.dim() != 0 or held.is_meta or held.is_complex() or held.dtype is torch.bool:
+    if held is None or held.dim() != 0 or held.is_meta or held.requires_grad:
+        return None
+    if held.is_complex() or held.dtype is torch.bool:
         return None
     return float(held)
 

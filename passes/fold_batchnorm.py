@@ -100,7 +100,7 @@ def _crossing_guard(match: Match) -> NoMatch | None:
     dtype = ir.dtype(x)
     if dtype is None:
         return NoMatch(f"{UNKNOWN}the dtype of {x.name}", norm)
-    if not float(left.abs().max()) <= torch.finfo(dtype).max:
+    if not float(left.detach().abs().max()) <= torch.finfo(dtype).max:
         return NoMatch(f"the shift that stays in front of the ReLU would leave the range of {dtype}", norm)
     return _affine.fold_before_guard(layer, scale)
 
@@ -111,7 +111,7 @@ def _cross_relu(match: Match, rewriter: Rewriter) -> fx.Node:
     rank, dtype = ir.rank(norm), ir.dtype(source)
     assert rank is not None
     assert dtype is not None
-    if bool((left != 0).any()):
+    if left.requires_grad or bool((left != 0).any()):
         path = str(ir.argument(norm, "running_mean").target)
         held = rewriter.constant(left.to(dtype).reshape(-1, *[1] * (rank - 2)), path.replace("running_mean", "shift"))
         source = rewriter.call(aten.add.Tensor, source, held)

@@ -120,6 +120,8 @@ def _not_plain(held: torch.Tensor) -> str | None:
         return "quantised"
     if held.is_meta:
         return "on the meta device, without values"
+    if held.requires_grad:
+        return "training changes it"
     if held.is_conj() or held.is_neg():
         return "a view that is conjugated or negated when it is read"
     return None
@@ -192,8 +194,8 @@ def _is_tensor(found: Any) -> bool:
 
 @contextmanager
 def _plainly() -> Iterator[None]:
-    """No gradients and no autocast."""
-    with torch.no_grad(), ExitStack() as stack:
+    """No autocast."""
+    with ExitStack() as stack:
         for kind in ("cpu", "cuda"):
             stack.enter_context(torch.autocast(kind, enabled=False))
         yield

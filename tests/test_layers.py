@@ -15,6 +15,7 @@ ROOT = Path(fxopt.__file__).parent
 #: Every file of fxopt, top to bottom.
 LAYERS = (
     "errors",
+    "trained",  # constants that training changes
     "ir",
     "hints",  # open sizes as numbers, for estimates
     "ops",
@@ -66,7 +67,10 @@ LAYERS = (
     "session",  # all captures of one compiled model
     "frozen",  # a session as plain data
     "memory",  # what compiling left, given back
+    "looking",  # what a compiled model shows of itself
     "runtime",
+    "gradients",  # of a rewritten graph and the original
+    "trainable",
     "align",  # the nodes of two graphs
     "nodediff",
     "stages",  # the graphs between passes
@@ -119,7 +123,7 @@ LAYERS = (
 #: A method that hands its work down to a later layer imports it when it is called, and only these do.
 HANDED_DOWN = {
     ("session", "frozen"): "a session writes itself down",
-    ("runtime", "graphdiff"): "compiled.diff()",
+    ("looking", "graphdiff"): "compiled.diff()",
     ("graphdiff", "render"): "diff.save()",
     ("graphdiff", "dot"): "diff.dot()",
     ("bench.result", "bench.table"): "print(benchmark)",

@@ -82,3 +82,24 @@ def test_compiling_keeps(graphs: int, front_end: str, share: int, exact: bool) -
         assert not [notice for notice in fast.report.notices if "failed" in notice]
 
     on_random(networks(exact=exact), graphs // (2 * share), share, check)
+
+
+def test_what_is_trained_keeps_its_gradients(graphs: int) -> None:
+    refused = ("does not run, or has none", "cannot be computed")
+
+    def check(network: Network) -> None:
+        network.requires_grad_()
+        if not list(network.parameters()):
+            return
+        try:
+            tuned = fxopt.compile(network, network.example_inputs(), trainable=True)
+        except fxopt.VerificationError as error:
+            if not any(said in error.message for said in refused):
+                raise
+            event("refused")
+            return
+        assert not [result for result in tuned.report.passes if result.status != "done"]
+
+    with everything_pays(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", fxopt.FxoptNotice)
+        on_random(networks(), graphs // SHARDS, 0, check)

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -212,7 +213,9 @@ def private_copy(model: torch.nn.Module) -> torch.nn.Module:
             if isinstance(held, torch.Tensor):
                 memo[id(held)] = _same_memory(held)
     try:
-        twin = copy.deepcopy(model, memo)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch's own, of copying a GraphModule's signature
+            twin = copy.deepcopy(model, memo)
     except Exception as error:
         raise CaptureError(
             f"the model cannot be copied, and fxopt never works on the caller's own: {error}",

@@ -7,16 +7,17 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 
 from fxopt.cli.options import Request
-from fxopt.compiler import FxoptNotice, trace
 from fxopt.compiler import compile as compile_model
-from fxopt.errors import CaptureError
+from fxopt.compiler import trace
+from fxopt.errors import CaptureError, FxoptNotice
 from fxopt.models import Shape, draw, load_model, randomize_fresh_norms, read_picture
 from fxopt.pipeline import Progress
+from fxopt.rewrite import Numerics
 from fxopt.runtime import CompiledModule
 from fxopt.terminal import note
 
@@ -63,7 +64,7 @@ def make(request: Request, told: Progress) -> Made:
             passes="default" if request.passes is None else request.passes,
             disable=[name for names in request.disable for entry in names for name in _written_out(entry)],
             backend=request.backend,
-            numerics=request.numerics,  # type: ignore[arg-type]
+            numerics=cast("Numerics", request.numerics),
             verify="each" if request.verify_each else request.verify,
             dynamic_shapes=None if request.dynamic_shapes == "none" else request.dynamic_shapes,
             strict=request.strict,

@@ -44,7 +44,8 @@ def build(module: fx.GraphModule, pack: Pack | None = None) -> Callable[..., tup
 
     def held_by(node: fx.Node) -> Any:
         held = ir.get_attribute(module, str(node.target))
-        return held.detach() if isinstance(held, torch.nn.Parameter) else held
+        frozen = isinstance(held, torch.nn.Parameter) and not held.requires_grad
+        return held.detach() if frozen else held
 
     def argument(reader: fx.Node, name: str, value: Any) -> str:
         if pack is not None and isinstance(value, fx.Node) and value.op == "get_attr":
