@@ -117,7 +117,9 @@ def write(results: Path) -> None:
     """Writes the tables into the page, and the chart."""
     entries = json.loads(results.read_text(encoding="utf-8"))["benchmarks"] if results.exists() else []
     order = {name: place for place, name in enumerate(NAMES)}
-    found = [Benchmark.from_dict(entry) for entry in entries]
+    measured = [Benchmark.from_dict(entry) for entry in entries]
+    latest = {(one.model, one.batch, one.settings.threads): one for one in measured}  # of those with other rounds, too
+    found = list(latest.values())
     found.sort(key=lambda one: (one.settings.threads or 0, one.batch or 0, order.get(one.short_name, len(order))))
     text = PAGE.read_text(encoding="utf-8")
     before, after = text.partition(BEGIN)[0], text.partition(END)[2]
