@@ -197,7 +197,7 @@ class Results:
 @click.option("--again", is_flag=True, help="Measure again what --output has already.")
 @click.option(
     "--chart",
-    type=SavedType(charts.check_path),
+    type=SavedType(charts.kind_of),
     default=None,
     metavar="FILE",
     help="Draw the results: .svg, .png or .html.",

@@ -7,24 +7,18 @@ from pathlib import Path
 
 import click
 
-from fxopt import __version__, plugins
+from fxopt import __version__, plugins, render
 from fxopt.cli.making import Made, make, say_notices, say_randomized, stdout_kept
 from fxopt.cli.options import JSON, LIMIT, Request, SavedType, compiling, data_option, refuse_beside_data
 from fxopt.errors import InputError, UsageError
 from fxopt.models import Call, draw, load
 from fxopt.pipeline import Progress
-from fxopt.render import SUFFIXES
 from fxopt.terminal import EXIT_CODES, Exit, note, progress, show
 from fxopt.verification import Verification, verify, verify_calls
 
 #: Batch sizes that `verify` tries after the given one: 1, which captures can be wrong about, and odd ones.
 BATCHES = (1, 3, 2, 5, 7, 4)
 RANDOM_BATCHES = 4
-
-
-def _check_diff_path(path: Path) -> None:
-    if path.suffix.removeprefix(".").lower() not in SUFFIXES:
-        raise click.BadParameter(f"{path}: the suffix says how to save it: " + " ".join(f".{s}" for s in SUFFIXES))
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}, epilog=EXIT_CODES)
@@ -40,7 +34,7 @@ def cli() -> None:
 @cli.command("compile", epilog=EXIT_CODES)
 @compiling
 @click.option(
-    "--diff", "saved", type=SavedType(_check_diff_path), metavar="FILE", help="Save the graph before and after, too."
+    "--diff", "saved", type=SavedType(render.kind_of), metavar="FILE", help="Save the graph before and after, too."
 )
 def compile_command(request: Request, *, as_json: bool, saved: Path | None) -> None:
     """Compile MODEL and print the report."""
@@ -60,7 +54,7 @@ def compile_command(request: Request, *, as_json: bool, saved: Path | None) -> N
 @cli.command("diff", epilog=EXIT_CODES)
 @compiling
 @click.option(
-    "-o", "--output", type=SavedType(_check_diff_path), default="diff.html", show_default=True, metavar="FILE",
+    "-o", "--output", type=SavedType(render.kind_of), default="diff.html", show_default=True, metavar="FILE",
     help="Where to: .html, .dot and .json; .svg, .png and .pdf need graphviz's program dot.",
 )  # fmt: skip
 @click.option("--pass", "pass_name", default=None, metavar="NAME", help="What this pass did, instead of all.")

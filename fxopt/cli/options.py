@@ -44,7 +44,7 @@ class SavedType(click.ParamType[Path]):
 
     name = "file"
 
-    def __init__(self, check: Callable[[Path], None]) -> None:
+    def __init__(self, check: Callable[[Path], object]) -> None:
         self.check = check
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
