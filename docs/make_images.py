@@ -1,6 +1,7 @@
-"""Draws the pictures of the documentation: `python docs/make_images.py [PASS...]`. Needs graphviz's `dot`.
+"""Draws the pictures of the documentation: `python docs/make_images.py [PAGE...]`. Needs graphviz's `dot`.
 
-The picture of a pass is its diff of the example on its page, `docs/passes/PASS.md`, whose code leaves it in `fast`.
+The picture of a pass is its diff of the example on its page, `docs/passes/PASS.md`, whose code leaves it in `fast`;
+`docs/sync_picture.py` makes that of `docs/sync-batchnorm.md`. A test says which of these is not as it would be drawn.
 """
 
 from __future__ import annotations
@@ -16,9 +17,13 @@ import fxopt
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import demo_models
+import sync_picture
+
+from fxopt.graphdiff import GraphDiff
 
 DOCS = Path(__file__).resolve().parent
 IMAGES = DOCS / "images"
+SYNC = "sync-batchnorm"
 BLOCK = re.compile(r"^```python\n(?!>>>)(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -37,21 +42,31 @@ def draw_models() -> None:
         print(fast.diff().save(IMAGES / f"{name}.svg"))
 
 
-def draw_pass(name: str) -> None:
-    """The example on a pass's page, in front of the pass and behind it."""
+def pictures() -> dict[str, Path]:
+    """Where the picture of each page is, by the page's name."""
+    passes = sorted(page.stem for page in (DOCS / "passes").glob("*.md"))
+    return {SYNC: IMAGES / f"{SYNC}.svg"} | {name: IMAGES / "passes" / f"{name}.svg" for name in passes}
+
+
+def difference(name: str) -> GraphDiff:
+    """What the picture of a page shows: of a pass, the example in front of it and behind it."""
+    if name == SYNC:
+        return sync_picture.drawn()
     scope: dict[str, Any] = {}
     for block in BLOCK.finditer((DOCS / "passes" / f"{name}.md").read_text(encoding="utf-8")):
         exec(block["text"], scope)
-    print(scope["fast"].diff(name).save(IMAGES / "passes" / f"{name}.svg"))
+    found: GraphDiff = scope["fast"].diff(name)
+    return found
 
 
 def main(names: list[str]) -> None:
-    """The passes that are named, or everything."""
+    """The pages that are named, or everything."""
     (IMAGES / "passes").mkdir(parents=True, exist_ok=True)
     if not names:
         draw_models()
-    for name in names or sorted(page.stem for page in (DOCS / "passes").glob("*.md")):
-        draw_pass(name)
+    found = pictures()
+    for name in names or found:
+        print(difference(name).save(found[name]))
 
 
 if __name__ == "__main__":

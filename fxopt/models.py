@@ -14,7 +14,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -224,6 +224,11 @@ class Shape:
         kind = "" if self.dtype is torch.float32 else ":" + str(self.dtype).removeprefix("torch.")
         return (f"{self.name}=" if self.name else "") + "x".join(map(str, self.sizes)) + kind
 
+    @classmethod
+    def of(cls, tensor: torch.Tensor, name: str | None = None) -> Shape:
+        """The shape of a tensor that is there."""
+        return cls(tuple(tensor.shape), tensor.dtype, name=name)
+
     def draw(self, generator: torch.Generator) -> torch.Tensor:
         """Random values: standard normal, or whole numbers in [0, below), or truth values."""
         if self.dtype is torch.bool:
@@ -251,6 +256,13 @@ def draw(shapes: Sequence[Shape], seed: int, picture: torch.Tensor | None = None
 
 
 Call = tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]
+
+
+def shapes_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Shape, ...]:
+    """The shapes of the tensors of a call; those inside an argument have its name."""
+    named = [*((None, value) for value in args), *kwargs.items()]
+    leaves = [(name, leaf) for name, value in named for leaf in pytree.tree_leaves(value)]
+    return tuple(Shape.of(leaf, name) for name, leaf in leaves if isinstance(leaf, torch.Tensor))
 
 
 def read_picture(path: str, shape: Shape) -> torch.Tensor:
@@ -282,10 +294,10 @@ def read_picture(path: str, shape: Shape) -> torch.Tensor:
 class Example:
     """A model and its inputs by name, to be built in any process: calling it gives `(model, args, kwargs)`.
 
-    The inputs are drawn for `shapes`; without these, a factory that gives `(model, args)` or `(model, args, kwargs)`
-    has its own, and any other gets `default`. `batch` replaces the first size of the first input, and of each input
-    that has the same one; inputs of a factory are repeated for it. `randomize_norms` None randomises fresh batch norms
-    of models of installed packages, not of files.
+    The inputs are `inputs` as they are, or drawn for `shapes`; without these, a factory that gives `(model, args)` or
+    `(model, args, kwargs)` has its own, and any other gets `default`. `batch` replaces the first size of the first
+    input, and of each input that has the same one; inputs of a factory are repeated for it. `randomize_norms` None
+    randomises fresh batch norms of models of installed packages, not of files.
     """
 
     name: str
@@ -294,6 +306,7 @@ class Example:
     batch: int | None = None
     seed: int = 0
     randomize_norms: bool | None = None
+    inputs: Call | None = None
 
     def __call__(self) -> tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]:
         """Builds it. Raises UsageError and ModelError as `load_model` does."""
@@ -307,6 +320,8 @@ class Example:
             randomize = not self.name.rpartition(":")[0].endswith(".py")
         if randomize:
             randomize_fresh_norms(model, self.seed)
+        if self.inputs is not None:
+            return model, *self.inputs
         if own and not self.shapes:
             return model, *self._repeated(args, kwargs)
         shapes = self.shapes or self.default

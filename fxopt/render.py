@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fxopt import page
 from fxopt.dot import LOOKS, detail_lines, heading, module_text, sides, steps_text, title_text, to_dot
-from fxopt.errors import RenderError, UsageError
+from fxopt.errors import RenderError
 from fxopt.graphdiff import DiffNode, GraphDiff, Status
-from fxopt.page import filled
 
 PICTURES = ("svg", "png", "pdf")
 SUFFIXES = ("html", *PICTURES, "dot", "json")
@@ -121,7 +121,7 @@ def to_html(diff: GraphDiff) -> str:
         picture = Markup(drawn[drawn.index("<svg") :])  # dot has escaped every name in it
     except RenderError as error:
         notes.append(f"no picture, only the table: {error.message}. {error.hint}")
-    return filled(
+    return page.filled(
         "diff.html",
         diff=diff,
         heading=heading(diff),
@@ -165,17 +165,18 @@ def _page_nodes(diff: GraphDiff) -> dict[str, Any]:
 # -- files -----------------------------------------------------------------------------------------------------------
 
 
+def kind_of(path: Path) -> str:
+    """How a diff is saved under a path. Raises UsageError for a suffix that is none of SUFFIXES."""
+    return page.kind_of(path, SUFFIXES, "a diff")
+
+
 def save(diff: GraphDiff, path: Path) -> Path:
     """Writes the diff as its path's suffix says; returns the path.
 
     Raises UsageError for a suffix that is none of .html .svg .png .pdf .dot .json, RenderError where `dot` is needed
     and is missing or fails.
     """
-    kind = path.suffix.removeprefix(".").lower()
-    if kind not in SUFFIXES:
-        raise UsageError(
-            f"a diff is not saved as {path.name!r}", hint="its suffix says how: " + " ".join(f".{s}" for s in SUFFIXES)
-        )
+    kind = kind_of(path)
     if kind in PICTURES:
         content = draw(diff, kind)
     elif kind == "html":

@@ -165,7 +165,7 @@ def _batches(model: torch.nn.Module, data: Any, limit: int | None, notes: list[s
         return [((), dict(data))], 1
     if not isinstance(data, Iterable) or isinstance(data, (str, bytes)):
         raise UsageError(
-            f"verify takes tensors or batches of them, not {type(data).__name__}",
+            f"the data is to be tensors or batches of them, not {type(data).__name__}",
             hint="a tensor, a tuple of arguments, a dict of keyword arguments, or an iterable of those (a DataLoader)",
         )
     from torch.utils.data import DataLoader
@@ -176,10 +176,19 @@ def _batches(model: torch.nn.Module, data: Any, limit: int | None, notes: list[s
 
 
 def first_call(model: torch.nn.Module, data: Iterable[Any]) -> Call:
-    """The call that the first batch of a loader is, without labels. Raises UsageError where there is none."""
-    calls, _ = _batches(model, data, 1, [])
-    for call in calls:
-        return call
+    """The call that the first batch of a loader is, without labels.
+
+    Raises UsageError where there is none, where `forward` takes nothing of it, and for an iterator, which would have
+    lost the batch for whoever reads it next.
+    """
+    if isinstance(data, Iterator):
+        raise UsageError("the data can be read only once", hint="give a DataLoader, or a list of batches")
+    notes: list[str] = []
+    calls, _ = _batches(model, data, 1, notes)
+    for args, kwargs in calls:
+        if not args and not kwargs:
+            raise UsageError(f"the model takes nothing of the first batch: {'; '.join(notes) or 'it is empty'}")
+        return args, kwargs
     raise UsageError("the data has no batches", hint="an iterator is spent once read")
 
 

@@ -12,8 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
+
+needs_gloo = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
 
 
 def run(size: int, folder: Path, function: Callable[..., Any], *args: Any, limit: float = 120) -> list[Any]:
@@ -34,6 +37,13 @@ def run(size: int, folder: Path, function: Callable[..., Any], *args: Any, limit
             process.kill()
     found = [folder / f"{rank}.pt" for rank in range(size)]
     return [torch.load(path, weights_only=False) if path.exists() else None for path in found]
+
+
+def found_by_all(size: int, folder: Path, function: Callable[..., dict[Any, Any]]) -> list[Any]:
+    """As `run`, for a function that gives a dict; AssertionError where a process raised or died."""
+    results = run(size, folder, function)
+    assert all(isinstance(result, dict) for result in results), results
+    return results
 
 
 def work(rank: int, size: int, folder: str) -> None:

@@ -350,9 +350,9 @@ def test_a_chart_is_well_formed_and_needs_nothing_else(stubs: Benchmark, tmp_pat
 def test_a_chart_as_png_needs_a_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(fxopt.RenderError, match="rsvg-convert"):
-        chart.check_path(tmp_path / "chart.png")
+        chart.kind_of(tmp_path / "chart.png")
     with pytest.raises(fxopt.UsageError, match="is not saved as"):
-        chart.check_path(tmp_path / "chart.bmp")
+        chart.kind_of(tmp_path / "chart.bmp")
     with pytest.raises(fxopt.UsageError, match="nothing to draw"):
         chart.save([], tmp_path / "chart.svg")
 

@@ -213,7 +213,7 @@ def test_doctor_imports_peers(
         pytest.param(("compile", "net.py:build", "--disable", "no-such"), 2, "no pass is named", id="2: disabled"),
         pytest.param(("compile", "net.py:build", "--backend", "none"), 2, "no backend is named", id="2: a backend"),
         pytest.param(("compile", "net.py:build", "--input", "none.jpg"), 2, "does not exist", id="2: a picture's path"),
-        pytest.param(("diff", "net.py:build", "-o", "d.bmp"), 2, "the suffix says how", id="2: a suffix"),
+        pytest.param(("diff", "net.py:build", "-o", "d.bmp"), 2, "a diff is not saved as", id="2: a suffix"),
         pytest.param(("diff", "net.py:build", "-o", "none/d.svg"), 2, "there is no folder", id="2: a folder"),
         pytest.param(("diff", "net.py:build", "--pass", "no-such"), 2, "no-such", id="2: a pass to draw"),
         pytest.param(("explain", "net.py:build", "nrom"), 2, "there are: norm", id="2: a layer"),

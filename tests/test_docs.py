@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ast
 import doctest
+import os
 import re
+import shutil
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -16,10 +18,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import make_images
 import pytest
 import torch
 
-from fxopt import check, plugins
+from fxopt import check, plugins, render
 from fxopt.pipeline import flat
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -101,6 +104,22 @@ def test_each_pass_of_the_default_pipeline_has_its_page(name: str) -> None:
     current = plugins.named(name)
     assert [rule.name for rule in current.rules if f"`{rule.name}`" not in page] == []
     assert current.numerics in page
+
+
+@pytest.mark.parametrize("name", make_images.pictures())
+def test_a_page_shows_its_picture_and_it_is_current(name: str) -> None:
+    picture = make_images.pictures()[name]
+    (page,) = DOCS.rglob(f"{name}.md")
+    assert f"]({os.path.relpath(picture, page.parent)})" in page.read_text(encoding="utf-8")
+    if shutil.which("dot") is None:
+        pytest.skip("without graphviz's dot")
+    drawn = render.draw(make_images.difference(name), "svg").decode()
+    assert texts(picture.read_text(encoding="utf-8")) == texts(drawn), f"python docs/make_images.py {name}"
+
+
+def texts(svg: str) -> list[str]:
+    """What a picture says. Where it says it differs between graphviz's versions."""
+    return sorted(re.findall(r"<text[^>]*>([^<]*)", svg))
 
 
 def test_every_page_is_on_the_map() -> None:

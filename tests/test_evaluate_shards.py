@@ -15,11 +15,11 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset, WeightedRandomSampler
 
 import fxopt
-from processes import run
+from processes import found_by_all, needs_gloo
 from test_evaluate import EXAMPLES, Net, Stream, examples, loader
 from test_evaluate_cli import NET
 
-pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
+pytestmark = needs_gloo
 
 
 def few() -> DataLoader[Any]:
@@ -73,9 +73,7 @@ def group_of_three(rank: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    results = run(3, tmp_path_factory.mktemp("three"), group_of_three)
-    assert not [result for result in results if not isinstance(result, dict)], results
-    return results
+    return found_by_all(3, tmp_path_factory.mktemp("three"), group_of_three)
 
 
 @pytest.mark.parametrize("name", LOADERS)

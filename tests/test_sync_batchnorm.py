@@ -19,9 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fxopt
 from fxopt.training import moments
-from processes import run
+from processes import found_by_all, needs_gloo, run
 
-pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
+pytestmark = needs_gloo
 
 
 class Functional(nn.Module):
@@ -99,9 +99,7 @@ def shards(rank: int) -> dict[Any, dict[str, torch.Tensor]]:
 
 @pytest.fixture(scope="module", params=SHARDS)
 def of_shards(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    results = run(request.param, tmp_path_factory.mktemp("shards"), shards)
-    assert not [result for result in results if not isinstance(result, dict)], results
-    return results
+    return found_by_all(request.param, tmp_path_factory.mktemp("shards"), shards)
 
 
 @pytest.mark.parametrize("name", NORMS)
@@ -255,9 +253,7 @@ def group_of_two(rank: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    results = run(2, tmp_path_factory.mktemp("two"), group_of_two)
-    assert not [result for result in results if not isinstance(result, dict)], results
-    return results
+    return found_by_all(2, tmp_path_factory.mktemp("two"), group_of_two)
 
 
 def test_each_norm_takes_one_collective_forwards_and_one_backwards(two: list[Any]) -> None:

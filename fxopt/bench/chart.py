@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fxopt import page
 from fxopt.bench.result import EAGER, FXOPT, Benchmark, Timing
 from fxopt.bench.table import HEADINGS, cells, milliseconds, remarks
 from fxopt.errors import RenderError, UsageError
-from fxopt.page import filled
 
 SUFFIXES = ("svg", "png", "html")
 
@@ -99,23 +99,23 @@ def _bar(benchmark: Benchmark, timing: Timing, top: int, scale: float) -> Bar:
 # -- files -----------------------------------------------------------------------------------------------------------
 
 
-def check_path(path: Path) -> None:
-    """Raises UsageError for a suffix that no chart is saved as, RenderError where the program for it is missing."""
-    kind = path.suffix.removeprefix(".").lower()
-    if kind not in SUFFIXES:
-        raise UsageError(
-            f"a chart is not saved as {path.name!r}", hint="its suffix says how: " + " ".join(f".{s}" for s in SUFFIXES)
-        )
+def kind_of(path: Path) -> str:
+    """How a chart is saved under a path.
+
+    Raises UsageError for a suffix that is none of SUFFIXES, RenderError where the program for it is missing.
+    """
+    kind = page.kind_of(path, SUFFIXES, "a chart")
     if kind == "png" and shutil.which("rsvg-convert") is None:
         raise RenderError(
             "a chart as .png is drawn by the program `rsvg-convert`, which is not installed",
             hint="install the system package librsvg2-bin (Fedora: librsvg2-tools), or save as .svg or .html",
         )
+    return kind
 
 
 def to_svg(benchmarks: Sequence[Benchmark]) -> str:
     """The chart as SVG that needs nothing else; it follows the reader's light or dark scheme."""
-    return filled("chart.svg", chart=layout(benchmarks))
+    return page.filled("chart.svg", chart=layout(benchmarks))
 
 
 def to_html(benchmarks: Sequence[Benchmark]) -> str:
@@ -125,7 +125,7 @@ def to_html(benchmarks: Sequence[Benchmark]) -> str:
     tables = [(one.title, [cells(one, timing) for timing in one.timings], remarks(one)) for one in benchmarks]
     picture = Markup(to_svg(benchmarks))  # the template has escaped every name in it
     machines = list(dict.fromkeys(", ".join(one.machine.values()) for one in benchmarks))
-    return filled("chart.html", picture=picture, headings=HEADINGS, tables=tables, machines=machines)
+    return page.filled("chart.html", picture=picture, headings=HEADINGS, tables=tables, machines=machines)
 
 
 def save(benchmarks: Sequence[Benchmark], path: Path) -> Path:
@@ -133,8 +133,7 @@ def save(benchmarks: Sequence[Benchmark], path: Path) -> Path:
 
     Raises UsageError for another suffix, RenderError where `rsvg-convert` is needed and is missing or fails.
     """
-    check_path(path)
-    kind = path.suffix.removeprefix(".").lower()
+    kind = kind_of(path)
     text = to_html(benchmarks) if kind == "html" else to_svg(benchmarks)
     if kind != "png":
         path.write_text(text, encoding="utf-8")

@@ -31,6 +31,7 @@ from torch.utils import _pytree as pytree
 from fxopt.bench import system
 from fxopt.bench.runtimes import Built
 from fxopt.errors import FxoptError
+from fxopt.models import shapes_of
 
 #: A model, its positional arguments, and its named ones if it has any.
 Example = tuple[torch.nn.Module, tuple[Any, ...]] | tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]
@@ -220,7 +221,7 @@ class _Server:
         gc.collect()
         self.held_bytes = system.resident()
         seconds = end - start - stages.get("import", 0.0)
-        inputs = tuple(_describe(self.args, self.kwargs))
+        inputs = tuple(map(str, shapes_of(self.args, self.kwargs)))
         return Ready(
             seconds, stages, built.version, tuple(built.notes), inputs, torch.get_num_threads(), _leaves(outputs)
         )
@@ -279,11 +280,3 @@ def tensors(outputs: bytes) -> list[torch.Tensor]:
     """The tensors that a process sent."""
     found: list[torch.Tensor] = torch.load(io.BytesIO(outputs), weights_only=True)
     return found
-
-
-def _describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[str]:
-    for name, value in [*((None, value) for value in args), *kwargs.items()]:
-        for leaf in pytree.tree_leaves(value):
-            if isinstance(leaf, torch.Tensor):
-                kind = "" if leaf.dtype is torch.float32 else ":" + str(leaf.dtype).removeprefix("torch.")
-                yield (f"{name}=" if name else "") + "x".join(map(str, leaf.shape)) + kind

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,12 @@ from fxopt.bench.measure import chosen_runtimes
 from fxopt.bench.result import FXOPT, Settings
 from fxopt.bench.table import rich_means
 from fxopt.cli.making import PICTURE_SHAPE, stdout_kept
-from fxopt.cli.options import JSON, SavedType, ShapeType
+from fxopt.cli.options import JSON, SavedType, ShapeType, data_option, refuse_beside_data
 from fxopt.errors import FxoptError, UsageError
-from fxopt.models import FORMS, Example, Shape
+from fxopt.models import FORMS, Example, Shape, load, load_model
 from fxopt.pipeline import Progress
 from fxopt.terminal import EXIT_CODES, Exit, describe, note, progress, show
+from fxopt.verification import first_call
 
 
 class _NumbersType(click.ParamType[tuple[int, ...]]):
@@ -58,24 +59,36 @@ class _ModelType(click.ParamType[tuple[str, tuple[Shape, ...]]]):
 
 
 @dataclass(frozen=True)
+class Data:
+    """What --data named, and the loader that it gave."""
+
+    name: str
+    loader: Any
+
+
+@dataclass(frozen=True)
 class Job:
     """One benchmark to be run."""
 
     example: Example
     settings: Settings
     runtimes: tuple[str, ...]
+    data: Data | None = None
 
     @property
     def request(self) -> dict[str, Any]:
         """What was asked for, as an earlier result has it that need not be measured again."""
         return {
             "model": self.example.name,
-            "shapes": [str(shape) for shape in self.example.shapes or self.example.default],
-            "batch": self.example.batch,
+            **({"data": self.data.name} if self.data is not None else self._drawn()),
             "randomize_norms": self.example.randomize_norms,
             "settings": self.settings.to_dict(),
             "runtimes": list(self.runtimes),
         }
+
+    def _drawn(self) -> dict[str, Any]:
+        shapes = self.example.shapes or self.example.default
+        return {"shapes": [str(shape) for shape in shapes], "batch": self.example.batch}
 
     @property
     def title(self) -> str:
@@ -83,9 +96,14 @@ class Job:
         return f"{self.example.name}{batch}, {self.settings.threads} threads"
 
     def run(self, told: Progress) -> Benchmark:
+        example = self.example
+        if self.data is not None:
+            # Read here, once: the processes could not start workers, and might draw other batches.
+            model = load_model(example.name, example.seed)
+            example = replace(example, inputs=first_call(model, self.data.loader))
         return benchmark(
-            self.example,
-            name=self.example.name,
+            example,
+            name=example.name,
             against=self.runtimes,
             progress=told,
             **vars(self.settings),
@@ -153,6 +171,7 @@ class Results:
     help="Random input, as 1x3x224x224, once per argument; of all models but those with inputs of their own, as "
     "MODEL@1x3x299x299. Without: what the model's function gives with it, else 1x3x224x224.",
 )
+@data_option(": its first batch, without labels, is the input of all models.")
 @click.option("--seed", type=int, default=Settings.seed, show_default=True, help="Of random weights and inputs.")
 @click.option(
     "--randomize-norms/--no-randomize-norms",
@@ -178,7 +197,7 @@ class Results:
 @click.option("--again", is_flag=True, help="Measure again what --output has already.")
 @click.option(
     "--chart",
-    type=SavedType(charts.check_path),
+    type=SavedType(charts.kind_of),
     default=None,
     metavar="FILE",
     help="Draw the results: .svg, .png or .html.",
@@ -190,6 +209,7 @@ def bench_command(
     batches: tuple[int, ...] | None,
     threads: tuple[int, ...] | None,
     shape: tuple[Shape, ...],
+    data: str | None,
     seed: int,
     randomize_norms: bool | None,
     rounds: int,
@@ -209,11 +229,16 @@ def bench_command(
     if output is not None and not output.parent.is_dir():
         raise UsageError(f"{output}: there is no folder {output.parent}", hint="make it, or name another one")
     runtimes = tuple(chosen_runtimes(against))
+    loaded = None
+    if data is not None:
+        refuse_beside_data(**{"--shape": shape, "--batch": batches, "MODEL@SHAPE": any(own for _, own in models)})
+        loaded = Data(data, load(data, seed))
     jobs = [
         Job(
             Example(name, own or shape, () if own or shape else (PICTURE_SHAPE,), batch, seed, randomize_norms),
             Settings(count, rounds, calls, pause, seed),
             runtimes,
+            loaded,
         )
         for name, own in models
         for batch in batches or (None,)
@@ -235,14 +260,14 @@ def bench_command(
             if known is None:
                 results.add(job, one)
             found.append(one)
-    data = {
+    result = {
         "benchmarks": [one.to_dict() for one in found],
         "means": [mean.to_dict() for mean in means(found)],
         "failures": [
             {"model": job.example.name, "request": job.request, **describe(error)[1]} for job, error in failures
         ],
     }
-    show(data, Group(*found, *rich_means(found)), as_json=as_json)
+    show(result, Group(*found, *rich_means(found)), as_json=as_json)
     if chart is not None and found:
         charts.save(found, chart)
         note(f"saved {chart}")

@@ -7,21 +7,18 @@ from pathlib import Path
 
 import click
 
-from fxopt import __version__, plugins
+from fxopt import __version__, plugins, render
 from fxopt.cli.making import Made, make, say_notices, say_randomized, stdout_kept
-from fxopt.cli.options import JSON, Request, SavedType, compiling
-from fxopt.errors import InputError
-from fxopt.models import Call, draw
-from fxopt.render import SUFFIXES
+from fxopt.cli.options import JSON, LIMIT, Request, SavedType, compiling, data_option, refuse_beside_data
+from fxopt.errors import InputError, UsageError
+from fxopt.models import Call, draw, load
+from fxopt.pipeline import Progress
 from fxopt.terminal import EXIT_CODES, Exit, note, progress, show
+from fxopt.verification import Verification, verify, verify_calls
 
 #: Batch sizes that `verify` tries after the given one: 1, which captures can be wrong about, and odd ones.
 BATCHES = (1, 3, 2, 5, 7, 4)
-
-
-def _check_diff_path(path: Path) -> None:
-    if path.suffix.removeprefix(".").lower() not in SUFFIXES:
-        raise click.BadParameter(f"{path}: the suffix says how to save it: " + " ".join(f".{s}" for s in SUFFIXES))
+RANDOM_BATCHES = 4
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}, epilog=EXIT_CODES)
@@ -37,7 +34,7 @@ def cli() -> None:
 @cli.command("compile", epilog=EXIT_CODES)
 @compiling
 @click.option(
-    "--diff", "saved", type=SavedType(_check_diff_path), metavar="FILE", help="Save the graph before and after, too."
+    "--diff", "saved", type=SavedType(render.kind_of), metavar="FILE", help="Save the graph before and after, too."
 )
 def compile_command(request: Request, *, as_json: bool, saved: Path | None) -> None:
     """Compile MODEL and print the report."""
@@ -57,7 +54,7 @@ def compile_command(request: Request, *, as_json: bool, saved: Path | None) -> N
 @cli.command("diff", epilog=EXIT_CODES)
 @compiling
 @click.option(
-    "-o", "--output", type=SavedType(_check_diff_path), default="diff.html", show_default=True, metavar="FILE",
+    "-o", "--output", type=SavedType(render.kind_of), default="diff.html", show_default=True, metavar="FILE",
     help="Where to: .html, .dot and .json; .svg, .png and .pdf need graphviz's program dot.",
 )  # fmt: skip
 @click.option("--pass", "pass_name", default=None, metavar="NAME", help="What this pass did, instead of all.")
@@ -97,29 +94,45 @@ def explain_command(request: Request, *, as_json: bool, layer: str) -> None:
 
 @cli.command("verify", short_help="Compare MODEL, compiled, with the original.", epilog=EXIT_CODES)
 @compiling
-@click.option("--batches", type=click.IntRange(min=1), default=4, show_default=True, help="How many random batches.")
-def verify_command(request: Request, *, as_json: bool, batches: int) -> Exit:
-    """Compile MODEL and compare it with the original on random inputs of several batch sizes.
+@click.option(
+    "--batches", type=click.IntRange(min=1), help=f"How many random batches; {RANDOM_BATCHES}, if it is not given."
+)
+@data_option(": its batches are compared, without labels, and MODEL is compiled for the first.")
+@LIMIT
+def verify_command(
+    request: Request, *, as_json: bool, batches: int | None, data: str | None, limit: int | None
+) -> Exit:
+    """Compile MODEL and compare it with the original on random inputs of several batch sizes, or on --data.
 
-    The first batch is of the given shapes; then the batch size changes, unless --dynamic-shapes none.
+    The first random batch is of the given shapes; then the batch size changes, unless --dynamic-shapes none.
     """
-    from fxopt.verification import verify_calls
-
-    if not request.shape and request.picture is None:
-        raise click.UsageError("verify needs inputs: --shape 1x3x224x224, once per argument, or --input picture.jpg")
     with stdout_kept(as_json), progress() as told:
-        made = make(request, told)
-        try:
-            found = verify_calls(made.model, made.compiled, _batches(request, made, batches), batches, told)
-        except InputError as error:
-            if request.dynamic_shapes != "none":
-                error.hint = f"{error.hint}; --dynamic-shapes none keeps the batch size"
-            raise
+        if data is None:
+            if limit is not None:
+                raise UsageError("--limit is of --data", hint="--batches is how many random ones")
+            made, found = _on_random_batches(request, batches or RANDOM_BATCHES, told)
+        else:
+            refuse_beside_data(**{"--shape": request.shape, "--input": request.picture, "--batches": batches})
+            loader = load(data, request.seed)
+            made = make(request, told, loader)
+            found = verify(made.model, made.compiled, loader, limit=limit, progress=told)
     show({**made.to_dict(request), **found.to_dict()}, str(found), as_json=as_json)
     say_randomized(request, made)
     if not as_json:
         say_notices(made)
     return Exit.FINE if found else Exit.WRONG_ANSWER
+
+
+def _on_random_batches(request: Request, count: int, told: Progress) -> tuple[Made, Verification]:
+    if not request.shape and request.picture is None:
+        raise UsageError("verify needs inputs", hint="--shape 1x3x224x224, once per argument, --input or --data")
+    made = make(request, told)
+    try:
+        return made, verify_calls(made.model, made.compiled, _batches(request, made, count), count, told)
+    except InputError as error:
+        if request.dynamic_shapes != "none":
+            error.hint = f"{error.hint}; --dynamic-shapes none keeps the batch size"
+        raise
 
 
 def _batches(request: Request, made: Made, count: int) -> Iterator[Call]:

@@ -10,7 +10,7 @@ import click
 import torch.distributed as dist
 
 from fxopt.cli.making import make, say_notices, say_randomized, stdout_kept
-from fxopt.cli.options import Request, compiling
+from fxopt.cli.options import LIMIT, Request, compiling, data_option
 from fxopt.evaluation.evaluate import LOSSES, evaluate
 from fxopt.models import load
 from fxopt.terminal import EXIT_CODES, Exit, note, progress, show
@@ -18,11 +18,11 @@ from fxopt.terminal import EXIT_CODES, Exit, note, progress, show
 
 @click.command("evaluate", short_help="Score MODEL and its compiled twin on labelled data.", epilog=EXIT_CODES)
 @compiling
-@click.option("--data", required=True, metavar="net.py:data", help="A function that gives a DataLoader with labels.")
+@data_option(" with labels.", required=True)
 @click.option(
     "--loss", "losses", multiple=True, type=click.Choice([*LOSSES, "kl"]), help="Once per loss; all, if none is named."
 )
-@click.option("--limit", type=click.IntRange(min=1), help="How many batches; all, if it is not given.")
+@LIMIT
 @click.option("--max-drop", type=float, help="Fail where top-1 drops by more: 0.01 is one example of a hundred.")
 def evaluate_command(
     request: Request, *, as_json: bool, data: str, losses: tuple[str, ...], limit: int | None, max_drop: float | None

@@ -15,11 +15,12 @@ from fxopt.cli.options import Request
 from fxopt.compiler import compile as compile_model
 from fxopt.compiler import trace
 from fxopt.errors import CaptureError, FxoptNotice
-from fxopt.models import Shape, draw, load_model, randomize_fresh_norms, read_picture
+from fxopt.models import Shape, draw, load_model, randomize_fresh_norms, read_picture, shapes_of
 from fxopt.pipeline import Progress
 from fxopt.rewrite import Numerics
 from fxopt.runtime import CompiledModule
 from fxopt.terminal import note
+from fxopt.verification import first_call
 
 PICTURE_SHAPE = Shape((1, 3, 224, 224))
 
@@ -44,7 +45,8 @@ class Made:
         }
 
 
-def make(request: Request, told: Progress) -> Made:
+def make(request: Request, told: Progress, data: Any = None) -> Made:
+    """Compiles the model for the inputs of the request, or for the first batch of `data` where that is given."""
     shapes = request.shape or ((PICTURE_SHAPE,) if request.picture else ())
     picture = read_picture(request.picture, shapes[0]) if request.picture else None
     args, kwargs = draw(shapes, request.seed, picture)
@@ -54,12 +56,16 @@ def make(request: Request, told: Progress) -> Made:
     if randomize is None:
         randomize = not request.model.rpartition(":")[0].endswith(".py")
     randomized = randomize_fresh_norms(model, request.seed) if randomize else 0
+    if data is not None:
+        told("reading the first batch", 0, 0)
+        args, kwargs = first_call(model, data)
+        shapes = shapes_of(args, kwargs)
     told(f"capturing {request.model}", 0, 0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FxoptNotice)  # the report has them
         compiled = compile_model(
             model,
-            args if shapes else None,
+            args if args or kwargs else None,
             kwargs or None,
             passes="default" if request.passes is None else request.passes,
             disable=[name for names in request.disable for entry in names for name in _written_out(entry)],

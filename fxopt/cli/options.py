@@ -44,7 +44,7 @@ class SavedType(click.ParamType[Path]):
 
     name = "file"
 
-    def __init__(self, check: Callable[[Path], None]) -> None:
+    def __init__(self, check: Callable[[Path], object]) -> None:
         self.check = check
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
@@ -109,8 +109,26 @@ _COMPILING = (
     ),
     click.option("--strict", is_flag=True, help="Fail where a pass fails or changes the answer."),
 )  # fmt: skip
+#: How many batches of --data.
+LIMIT = click.option(
+    "--limit", type=click.IntRange(min=1), help="How many batches of --data; all, if it is not given."
+)
 #: For every command.
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON, and only JSON, to standard output.")
+
+
+def data_option(help: str, *, required: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """--data, of which `help` says what the command does with the DataLoader."""
+    return click.option(
+        "--data", required=required, metavar="net.py:data", help=f"A function that gives a DataLoader{help}"
+    )
+
+
+def refuse_beside_data(**given: object) -> None:
+    """Raises UsageError for an option that says what --data says already; each is given under its name in the help."""
+    for name, value in given.items():
+        if value:
+            raise UsageError(f"--data does not go with {name}", hint="the loader's batches are the inputs, as they are")
 
 
 def compiling(function: Callable[..., Any]) -> Callable[..., Any]:
