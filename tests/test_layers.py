@@ -100,6 +100,7 @@ LAYERS = (
     "testing.moves",
     "testing.strategy",
     "testing",
+    "models",  # what the command line names
     "bench.system",  # where this runs, and memory
     "bench.runtimes",  # eager, fxopt, peers
     "bench.result",
@@ -108,7 +109,6 @@ LAYERS = (
     "bench.worker",
     "bench.measure",
     "bench",
-    "models",  # what the command line names
     "doctor",
     "terminal",
     "cli.options",
