@@ -84,6 +84,7 @@ LAYERS = (
     "training.sync_batchnorm",
     "training",
     "compiler",
+    "dynamo",  # behind torch.compile
     "verification",
     "evaluation.losses",  # of an example
     "evaluation.tally",  # sums of them
