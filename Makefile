@@ -3,6 +3,7 @@
 #   make setup   .venv with fxopt (editable) and all extras but bench, at the versions of constraints.txt
 #   make test    ruff, mypy, pytest                     make test JOBS=4 PYTEST_ARGS='-k fold'
 #   make demo    the tour: docs/demo.py
+#   make tutorial   docs/tutorial.md and its pictures: docs/make_tutorial.py
 #   make sweep   every model of the zoo: tests/sweep.py
 #   make catalogue   what the passes leave of well-known models: tests/catalogue.py
 #   make bench   runtimes against each other, docs/benchmarks.md: docs/make_benchmarks.py     BENCH_ARGS='--only resnet'
@@ -22,7 +23,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 
-.PHONY: setup test demo sweep catalogue bench ablation profile lowering sync clean
+.PHONY: setup test demo tutorial sweep catalogue bench ablation profile lowering sync clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -46,6 +47,9 @@ test: $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/python docs/demo.py
+
+tutorial: $(STAMP)
+	$(BIN)/python docs/make_tutorial.py
 
 sweep: $(STAMP)
 	$(BIN)/python tests/sweep.py
