@@ -102,7 +102,7 @@ MANNERS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("dynamic", [None, True, False])
+@pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("name", MANNERS)
 def test_it_gives_what_the_model_gives(name: str, dynamic: bool | None) -> None:
     run, args = MANNERS[name]
