@@ -17,8 +17,8 @@ from fxopt.compare import compare
 
 #: Calls that only rename a tensor, or that one side makes for constants.
 _SILENT = frozenset({"detach", "alias", "lift_fresh", "lift_fresh_copy", "sym_size", "_assert_tensor_metadata"})
-#: In the normal form `view` is `reshape`, whose parts have other names.
-_RENAMED = {"_unsafe_view": "view", "_reshape_alias": "view"}
+#: In the normal form `view` is `reshape`, whose parts have other names, and which inference mode leaves whole.
+_RENAMED = {"_unsafe_view": "view", "_reshape_alias": "view", "reshape": "view"}
 
 
 class _Log(TorchDispatchMode):
@@ -36,11 +36,13 @@ class _Log(TorchDispatchMode):
 
 
 def _bound(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """Every argument in the schema's order: defaults that one side spells out are no difference."""
+    """Every argument in the schema's order: defaults that one side spells out are no difference, nor is what torch
+    itself adds from its settings."""
     given = dict(zip((parameter.name for parameter in func._schema.arguments), args, strict=False)) | kwargs
     return [
         given.get(parameter.name, parameter.default_value if parameter.has_default_value() else None)
         for parameter in func._schema.arguments
+        if parameter.name not in ("cudnn_enabled", "cudnn_enable")
     ]
 
 

@@ -130,8 +130,6 @@ def compile(
     if dynamic_shapes not in ("batch", "all", None):
         raise UsageError(f"dynamic_shapes is {dynamic_shapes!r}", hint='it is "batch", "all" or None')
     model = deployed(model)
-    if isinstance(model, TrainableModule):
-        model = model.graph_module
     original = private_copy(model)
     if backend != "auto":
         plugins.backend(backend)
@@ -191,9 +189,9 @@ def _examples(args: Any) -> tuple[Any, ...]:
 def _key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     from torch.utils import _pytree as pytree
 
-    from fxopt.runtime import _signature
+    from fxopt.signature import call_key
 
-    return _signature(*pytree.tree_flatten((args, kwargs)))
+    return call_key(*pytree.tree_flatten((args, kwargs)))
 
 
 def _tell(notices: list[str]) -> None:

@@ -38,12 +38,12 @@ class Shown(torch.nn.Module):
     @property
     def captured_graph(self) -> fx.GraphModule:
         """The graph as it was captured, in the normal form, before any rewrite."""
-        return presentable(self._shown().before)
+        return _frozen(presentable(self._shown().before))
 
     @property
     def fused_graph(self) -> fx.GraphModule:
         """The rewritten graph, fused operations as single nodes."""
-        return presentable(self._shown().after)
+        return _frozen(presentable(self._shown().after))
 
     def _shown(self) -> session.Session:
         """The session, its tensors as they are for a caller to see."""
@@ -63,3 +63,12 @@ def presentable(module: fx.GraphModule) -> fx.GraphModule:
         graph.set_codegen(fx.graph._PyTreeCodeGen(fx.graph._PyTreeInfo(names, interface.in_spec, interface.out_spec)))
     twin.recompile()
     return twin
+
+
+def _frozen(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy for looking at, whose parameters are the caller's own memory: nobody trains them by mistake."""
+    for path, tensor in ir.tensors(module).items():
+        if tensor.requires_grad:
+            ir.delete_attribute(module, path)
+            ir.set_attribute(module, path, torch.nn.Parameter(tensor.detach(), requires_grad=False))
+    return module

@@ -122,7 +122,7 @@ class Rewriter:
             kept: torch.Tensor = value.detach()
             kept = kept.clone() if kept.is_inference() else kept
             kept = kept if keep_strides else kept.contiguous()
-        if kept.is_floating_point():
+        if kept.is_floating_point() or value.requires_grad:
             kept = torch.nn.Parameter(kept, requires_grad=value.requires_grad)
             if value.requires_grad:
                 trained.Folds.of(self.module).add(kept, value)
@@ -174,10 +174,13 @@ class Rewriter:
         self._point, self._origin = self._place(roots, matched), ir.merge_origins(matched)
         names = tuple(root.name for root in roots)
         aliases = None if self.current.layout else self.aliases
+        read, made = self._constants(matched), len(trained.Folds.of(self.module))
         try:
             results = self._built(roots, build)
             added = self._added(mark)
             removed = self._replace(tuple(zip(roots, results, strict=True)), matched, mark, aliases)
+            if not isinstance(removed, NoMatch):
+                removed = self._refused_by_training(read, made, mark) or removed
         except FxoptError:
             self.editor.undo(mark)
             raise
@@ -199,6 +202,17 @@ class Rewriter:
         replaced = tuple(zip(names, (result.name for result in results), strict=True))
         self.journal.rewrites.append(Rewrite(self.current.name, rule, replaced, removed, added, self._origin))
         return results
+
+    def _constants(self, nodes: Iterable[fx.Node]) -> dict[fx.Node, torch.Tensor]:
+        """The attributes that nodes read, as they are."""
+        read = dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n.op == "get_attr")
+        return {node: ir.get_attribute(self.module, str(node.target)) for node in read}
+
+    def _refused_by_training(self, read: dict[fx.Node, torch.Tensor], made: int, mark: int) -> NoMatch | None:
+        added = [edit.node for edit in self.editor.log[mark:] if edit.kind == "insert"]
+        paths = [str(node.target) for node in added if isinstance(node, fx.Node) and node.op == "get_attr"]
+        reason = trained.Folds.of(self.module).refusal(read, made, paths)
+        return None if reason is None else NoMatch(reason)
 
     def attempt(self, rule: Rule, root: fx.Node) -> fx.Node | NoMatch:
         """Applies one rule at one node under all that the driver sees to; why it does not apply is recorded."""

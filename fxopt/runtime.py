@@ -21,6 +21,7 @@ from fxopt.capture import Inputs
 from fxopt.errors import StaleWeightsError, UsageError
 from fxopt.looking import Shown, presentable
 from fxopt.program import Specialisation
+from fxopt.signature import call_key
 
 #: How many signatures a module remembers.
 MOST_SPECIALISATIONS = 32
@@ -58,7 +59,7 @@ class CompiledModule(Shown):
         if kwargs or not all(type(argument) is torch.Tensor for argument in args):  # else there is nothing to flatten
             leaves, spec = pytree.tree_flatten((args, kwargs))
         try:
-            key = _signature(leaves, spec)
+            key = call_key(leaves, spec)
             ready = self._ready.get(key)
         except (TypeError, RuntimeError):  # an argument that cannot be a key is refused by name in `_specialise`
             key = ready = None
@@ -203,26 +204,3 @@ class CompiledModule(Shown):
 
 def _restore(state: dict[str, Any]) -> CompiledModule:
     return CompiledModule(session.Session.from_state(state))
-
-
-def _signature(leaves: Sequence[Any], spec: pytree.TreeSpec | None) -> Any:
-    """What a call is, to be looked up; `spec` is None where its arguments are tensors by position."""
-    parts = [_tensor_key(leaf) if isinstance(leaf, torch.Tensor) else _constant_key(leaf) for leaf in leaves]
-    return (
-        tuple(parts),
-        spec,
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        ir.autocast(),
-        torch.get_num_threads(),
-    )
-
-
-def _tensor_key(leaf: torch.Tensor) -> Any:
-    strides = leaf.stride() if leaf.layout is torch.strided else leaf.layout
-    return (leaf.shape, strides, leaf.dtype, leaf.device, leaf.requires_grad)
-
-
-def _constant_key(leaf: Any) -> Any:
-    # By their spelling 0.0 and -0.0 differ, and NaN is one constant; a slice has no hash before Python 3.12.
-    return (type(leaf), repr(leaf) if isinstance(leaf, (float, complex, slice)) else leaf)

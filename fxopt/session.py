@@ -18,7 +18,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from fxopt import agreement, held, ir, normalize, plugins
+from fxopt import agreement, held, ir, normalize, plugins, trained
 from fxopt.capture import Captured, Inputs, capture_export, capture_symbolic, private_copy
 from fxopt.capture.program import register_dataclasses
 from fxopt.compare import Verdict, compare
@@ -125,9 +125,8 @@ class Session:
 
     def _privatise(self, captured: Captured) -> None:
         privatise(captured, self.original, [program.captured for program in self.programs])
-        for tensor in ir.tensors(captured.module).values() if self.trained else ():
-            if ir.identity(tensor) in self.trained:
-                tensor.requires_grad_()
+        if self.trained:
+            trained.freeze(captured.module, self.trained, ir.identity)
 
     def _capture_checked(self, inputs: Inputs, dynamic: str | None) -> Program:
         """A program captured for a call: with open sizes where that says what the model does on these inputs."""

@@ -3,61 +3,80 @@
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fxopt import gradients, ir, ops, session
 from fxopt.capture import Inputs
 from fxopt.errors import FxoptNotice, InputError, UsageError
-from fxopt.looking import Shown, presentable
-from fxopt.lowering.backend import Setting
-from fxopt.pipeline import flat, only
-from fxopt.program import Options, Program, describe
-from fxopt.signature import proof_state
+from fxopt.looking import Shown
+from fxopt.pipeline import PassResult, flat, only
+from fxopt.program import describe
+from fxopt.signature import call_key
 from fxopt.trained import Folds
+
+#: How many kinds of calls a module remembers as fitting.
+MOST_KNOWN = 1000
 
 
 class TrainableModule(Shown):
     """What `fxopt.compile(..., trainable=True)` returns: the model in eval mode, rewritten, with gradients.
 
-    `graph_module` is the graph that runs, and holds the parameters, its own: those that no rewrite touched under the
-    model's names, folded ones under names that end in `_folded` or `_merged`. Norms stay folded and dropout off in
-    training, too. `fxopt.compile(tuned, args)` makes it fast again once it is trained.
+    `graph_module` is the graph that runs, a function of the flat tensors of a call, and holds the parameters, its own:
+    those that no rewrite touched under the model's names, folded ones under names that end in `_folded` or `_merged`.
+    Norms stay folded and dropout off in training, too. `fxopt.compile(tuned, args)` makes it fast again once it is
+    trained. The other graphs are those of the model when it was compiled.
     """
 
     graph_module: fx.GraphModule
     _fitting: set[Any]
+    _lock: threading.RLock
 
     def __init__(self, work: session.Session, graph_module: fx.GraphModule) -> None:
         super().__init__()
         self.training = False
         object.__setattr__(self, "_session", work)
         object.__setattr__(self, "_fitting", set())
+        object.__setattr__(self, "_lock", threading.RLock())
+        self.checked = True  # False on a copy that runs in another dtype, to compare
         self.graph_module = graph_module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the graph. Raises InputError where these arguments need another capture than the one that is trained."""
-        self._check(Inputs.flatten(args, kwargs))
-        return self.graph_module(*args, **kwargs)
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        if self.checked and not torch.compiler.is_compiling():  # who captures this has guards of its own
+            self._check(args, kwargs, leaves, spec)
+        results = self.graph_module(*[leaf for leaf in leaves if isinstance(leaf, torch.Tensor)])
+        return pytree.tree_unflatten(list(results), ir.interface(self._session.before).out_spec)
 
-    def _check(self, inputs: Inputs) -> None:
-        program: Program = self._session.programs[0]
-        refusal = program.guards.refusal(inputs)
-        state = None if refusal else proof_state(program, inputs, Setting.now(inputs.tensors))
-        if refusal is None and state not in self._fitting:
-            difference = self._session._disagreement(program.captured, inputs)
-            refusal = None if difference is None else f"the model takes another branch here: {difference}"
-        if refusal is not None:
-            raise InputError(
-                f"what is trained is one graph, which does not fit this call: {refusal}",
-                hint=f"it was given {describe(inputs)}; compile with such inputs, or dynamic_shapes='all'",
-            )
-        self._fitting.add(state)
+    def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any], spec: pytree.TreeSpec) -> None:
+        key = call_key(leaves, spec)
+        if key in self._fitting:
+            return
+        inputs, program = Inputs.flatten(args, kwargs), self._session.programs[0]
+        with self._lock, _disable_current_modes():  # who logs operators logs those of the graph alone
+            refusal = program.guards.refusal(inputs)
+            if refusal is None:
+                difference = self._session._disagreement(program.captured, inputs)
+                refusal = None if difference is None else f"the model takes another branch here: {difference}"
+            if refusal is not None:
+                hint = "compile it under the same autocast" if "autocast" in refusal else "compile it with such inputs"
+                raise InputError(
+                    f"what is trained is one graph, which does not fit this call: {refusal}",
+                    hint=f"it was given {describe(inputs)}; {hint}",
+                )
+            if len(self._fitting) > MOST_KNOWN:
+                self._fitting.clear()
+            self._fitting.add(key)
 
     def train(self, mode: bool = True) -> TrainableModule:
         """Sets the flag, which changes nothing: says so (FxoptNotice) where somebody may count on it."""
@@ -85,6 +104,7 @@ class TrainableModule(Shown):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch's own, of copying what it keeps of a signature
             memo[id(self)] = twin = TrainableModule(self._session, copy.deepcopy(self.graph_module, memo))
+        twin.training = self.training
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -112,35 +132,57 @@ def make(
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not names:
         raise UsageError("no parameter of the model requires grad", hint="call model.requires_grad_() first")
-    parameters = [work.original.get_parameter(name) for name in names]
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise UsageError("a parameter of the model is an inference tensor", hint="build it outside inference_mode")
+    parameters = [work.original.get_parameter(name).requires_grad_() for name in names]
     work.trained = frozenset(map(ir.identity, parameters))
-    guilty = {}
     with torch.inference_mode(False), torch.enable_grad():
+        work.specialise(inputs)  # what the model refuses, and what cannot be captured, is said here
         if given.verify:
-            found = gradients.changed_by(work.original, names, inputs, given)
-            guilty = {result.name: result for result in found}
-            work.options = _without(given, set(guilty))
-        work.specialise(inputs)
+            guilty = {result.name: result for result in gradients.changed_by(work.original, names, inputs, given)}
+            if guilty:
+                _without(work, guilty, inputs)
         program = work.programs[0]
-        rows = {result.name: result for result in (*work.report.passes, *guilty.values())}
-        work.report.passes = [rows[current.name] for current in flat(given.passes)]
         Folds.forget(program.module)
-    return TrainableModule(work, _plain(program.module))
+        own = {str(node.target) for node in program.captured.module.graph.find_nodes(op="get_attr")}
+        return TrainableModule(work, _plain(program.module, own))
 
 
-def _plain(rewritten: fx.GraphModule) -> fx.GraphModule:
-    """A rewritten graph in ATen, with tensors of its own, and without what only a compiler asks of a graph."""
+def _without(work: session.Session, guilty: dict[str, PassResult], inputs: Inputs) -> None:
+    """Compiles again without the passes that change a gradient, which the report names."""
+    given = work.options
+    work.options = replace(given, passes=only(given.passes, lambda current: current.name not in guilty))
+    work.programs.clear()
+    work.start_empty([])
+    work.specialise(inputs)
+    rows = {result.name: result for result in (*work.report.passes, *guilty.values())}
+    work.report.passes = [rows[current.name] for current in flat(given.passes)]
+
+
+def _plain(rewritten: fx.GraphModule, own: Container[str]) -> fx.GraphModule:
+    """A rewritten graph in ATen, a function of flat tensors, with tensors of its own; those that share memory share it.
+
+    Of what is not trained only parameters of the model's `own` are parameters; what passes made is a buffer.
+    """
     module, _ = ir.copy(rewritten)
     ops.decompose_all(module)
-    for path, tensor in ir.tensors(module).items():
+    held = ir.tensors(module)
+    readers = Counter(map(ir.place, held.values()))
+    storages: dict[int, Any] = {}
+    for path, tensor in held.items():
+        kept = isinstance(tensor, torch.nn.Parameter) and (tensor.requires_grad or path in own)
+        twin = _in_copied_memory(tensor, storages) if readers[ir.place(tensor)] > 1 else tensor.detach().clone()
         ir.delete_attribute(module, path)
-        ir.set_attribute(module, path, copy.deepcopy(tensor))
-    module = presentable(module)
+        ir.set_attribute(module, path, torch.nn.Parameter(twin, tensor.requires_grad) if kept else twin)
     for node in module.graph.nodes:
         node.meta = {}
     module.meta = {}
+    module.recompile()
     return module
 
 
-def _without(options: Options, guilty: set[str]) -> Options:
-    return replace(options, passes=only(options.passes, lambda current: current.name not in guilty))
+def _in_copied_memory(tensor: torch.Tensor, storages: dict[int, Any]) -> torch.Tensor:
+    """A tensor in a copy of its storage, of which `storages` has one for all that share it."""
+    storage = copy.deepcopy(tensor.untyped_storage(), storages)
+    twin = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return twin.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())

@@ -7,26 +7,35 @@ folded weight gives those of the parameters that were folded into it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-_FOLDS = "folds"
+_FOLDS, _FROZEN = "folds", "frozen"
 
 
 class Folds:
-    """The leaves that passes made of values that depend on parameters, in their order."""
+    """The leaves that passes made of values that depend on parameters, in their order.
 
-    def __init__(self) -> None:
+    `frozen` names the parameters that are not trained, and what was folded from them alone.
+    """
+
+    def __init__(self, frozen: Iterable[str] = ()) -> None:
+        self.frozen = set(frozen)
         self._made: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
 
     @classmethod
     def of(cls, module: fx.GraphModule) -> Folds:
         """Those of an IR module and its copies."""
-        found: Folds = module.meta.setdefault(_FOLDS, cls())
+        if _FOLDS not in module.meta:
+            module.meta[_FOLDS] = cls(module.meta.get(_FROZEN, ()))
+        found: Folds = module.meta[_FOLDS]
         return found
+
+    def __len__(self) -> int:
+        return len(self._made)
 
     @staticmethod
     def forget(module: fx.GraphModule) -> None:
@@ -41,8 +50,53 @@ class Folds:
         """Adds to the gradients of parameters what those of the leaves folded from them come to."""
         for leaf, value in reversed(self._made):
             if leaf.grad is not None:
-                torch.autograd.backward(value, leaf.grad, retain_graph=True)
+                torch.autograd.backward(value, _dense(leaf.grad), retain_graph=True)
                 leaf.grad = None
+
+    def refusal(self, read: Mapping[fx.Node, torch.Tensor], made: int, added: Iterable[str]) -> str | None:
+        """Why what a rewrite made may not be trained; None where it may.
+
+        `read` are the constants that the rewritten nodes read, `made` how many leaves there were before, `added` the
+        paths of the new constants. A trained parameter that is still read would become two; a frozen one would be
+        trained within a leaf.
+        """
+        sources = {id(source) for _, value in self._made[made:] for source in _sources(value)}
+        gone = [node for node in read if node._erased or not node.users]
+        for node, value in read.items():
+            if id(value) in sources and node not in gone:
+                return f"{node.target} is trained, and {next(iter(node.users)).name} reads it, too"
+        taken = [str(node.target) for node in gone if node.target in self.frozen]
+        if taken and sources:
+            return f"{taken[0]} is frozen, and would be part of what is trained"
+        self.frozen.update(added if taken else ())
+        return None
+
+
+def freeze(module: fx.GraphModule, trained: Container[Any], identity: Callable[[torch.Tensor], Any]) -> None:
+    """Lets the parameters of a capture require grad that are among `trained`, by identity, and names the others."""
+    frozen = set()
+    for path, tensor in module.named_parameters():
+        if identity(tensor) in trained:
+            tensor.requires_grad_()
+        else:
+            frozen.add(path)
+    module.meta[_FROZEN] = frozenset(frozen)
+
+
+def _sources(value: torch.Tensor) -> list[torch.Tensor]:
+    """The leaves that autograd computed a value from."""
+    found, waiting, seen = [], [value.grad_fn], set()
+    while waiting:
+        step = waiting.pop()
+        if step is not None and step not in seen:
+            seen.add(step)
+            found += [step.variable] if hasattr(step, "variable") else []
+            waiting += [before for before, _ in step.next_functions]
+    return found
+
+
+def _dense(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 def read(value: torch.Tensor) -> torch.Tensor:
@@ -76,7 +130,7 @@ def gradients_of(
                 torch.autograd.backward([result for _, result in asked], [_cotangent(*entry) for entry in asked])
             if folds is not None:
                 folds.pull_back()
-            return [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.clone() for leaf in leaves]
+            return [torch.zeros_like(leaf) if leaf.grad is None else _dense(leaf.grad).clone() for leaf in leaves]
         finally:
             for leaf in leaves:
                 leaf.grad = None

@@ -194,7 +194,15 @@ class Group:
     def guard(self, branch: Branch) -> NoMatch | None:
         """Whether `branch` can join."""
         refusal = _form_guard(self.first.node, branch.node) if branch.is_layer else None
-        return refusal or self._geometry_guard(branch) or self._work_guard(branch)
+        return refusal or self._geometry_guard(branch) or self._work_guard(branch) or self._trained_guard(branch)
+
+    def _trained_guard(self, branch: Branch) -> NoMatch | None:
+        """Zeros around a trained kernel would be trained, too."""
+        merged, first = _largest([*self.branches, branch]), self.first
+        if merged == first.kernel or not _affine.weight_of(first.node).requires_grad:
+            return None
+        said = f"trained kernels of {first.kernel} and {branch.kernel} would become one of {merged}"
+        return NoMatch(said, branch.node)
 
     def _geometry_guard(self, branch: Branch) -> NoMatch | None:
         first, node = self.first, branch.node

@@ -94,6 +94,8 @@ def layer(node: fx.Node, source: fx.Node) -> Layer | NoMatch:
         ("bias dtype", weight.dtype if bias is None else bias.dtype),
         ("device", weight.device),
     ]
+    if weight.requires_grad:  # zeros that fill up what is trained would be trained, too
+        key += [("trained", True), ("a bias", bias is not None), ("kernel", tuple(weight.shape[2:]))]
     kernel, padding = () if linear else tuple(weight.shape[2:]), tuple(given.get("padding", ()))
     if not linear:
         key += _geometry(given, kernel, padding)

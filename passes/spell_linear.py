@@ -89,9 +89,10 @@ def _transposed(weight: fx.Node, root: fx.Node, rewriter: Rewriter) -> fx.Node:
 
 
 def _equal(left: torch.Tensor | None, right: torch.Tensor) -> bool:
-    if left is None or (left.dtype, left.device, left.shape) != (right.dtype, right.device, right.shape):
+    if left is None or left.requires_grad:  # what is the same now need not be once it is trained
         return False
-    return not left.is_meta and torch.equal(left, right)
+    same = (left.dtype, left.device, left.shape) == (right.dtype, right.device, right.shape)
+    return same and not left.is_meta and torch.equal(left, right)
 
 
 def _between_guard(match: Match) -> NoMatch | None:

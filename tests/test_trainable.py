@@ -31,8 +31,8 @@ class Model(nn.Module):
             setattr(self, name, layer)
         self.run = forward
 
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.run(self, x)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(self, *args, **kwargs)
 
 
 def conv(**options: Any) -> nn.Conv2d:
@@ -90,13 +90,6 @@ TABLE: dict[str, tuple[Callable[[], nn.Module], torch.Tensor, set[str]]] = {
         ),
         IMAGE,
         {"fold-affine"},
-    ),
-    "one weight in two places": (
-        lambda: Model(
-            lambda m, x: m.first(m.conv(x)) + m.second(m.conv(x.relu())), conv=conv(), first=norm(), second=norm()
-        ),
-        IMAGE,
-        {"fold-batchnorm"},
     ),
     "parallel branches": (
         lambda: Model(
@@ -279,7 +272,70 @@ def test_what_the_model_freezes_stays_frozen() -> None:
     model[:2].requires_grad_(False)
     tuned = fxopt.compile(model, (IMAGE,), trainable=True)
     assert names(tuned) == {"3.weight_folded", "3.bias_folded"}
-    assert len(dict(tuned.named_parameters())) == 4
+    tuned.requires_grad_()  # what passes made of frozen weights is no parameter
+    assert names(tuned) == {"3.weight_folded", "3.bias_folded"}
+
+
+def heads(**options: Any) -> Callable[[], nn.Module]:
+    return lambda: Model(
+        lambda m, x: m.q(x).cos() * m.k(x).sin(), q=nn.Linear(8, 64), k=nn.Linear(8, 64, **options)
+    )  # fmt: skip
+
+
+def test_a_frozen_weight_does_not_become_part_of_a_trained_one() -> None:
+    model = made(heads())
+    x = torch.randn(64, 8, generator=X)
+    merged = {"weight_merged", "bias_merged"}
+    assert {name.rpartition(".")[2] for name in names(fxopt.compile(model, (x,), trainable=True))} == merged
+    model.q.requires_grad_(False)
+    tuned = fxopt.compile(model, (x,), trainable=True)
+    assert names(tuned) == {"k.weight", "k.bias"}
+    model = made(lambda: nn.Sequential(conv(), norm()))
+    model[0].requires_grad_(False)
+    tuned = fxopt.compile(model, (IMAGE,), trainable=True)
+    assert names(tuned) == {"1.weight", "1.bias"}
+    assert "frozen" in str(tuned.explain("1"))
+
+
+def test_what_was_folded_from_frozen_weights_is_as_frozen() -> None:
+    model = made(lambda: Model(lambda m, x: m.last(m.norm(m.conv(x))), conv=conv(), norm=norm(), last=norm()))
+    model.requires_grad_(False)
+    model.last.requires_grad_()
+    assert names(fxopt.compile(model, (IMAGE,), trainable=True)) == {"last.weight", "last.bias"}
+
+
+def test_no_numbers_are_trained_that_the_model_has_not() -> None:
+    x = torch.randn(64, 8, generator=X)
+    assert names(fxopt.compile(made(heads(bias=False)), (x,), trainable=True)) == {"q.weight", "q.bias", "k.weight"}
+    siblings = made(lambda: Model(lambda m, x: m.a(x).cos() * m.b(x), a=nn.Conv2d(4, 4, 1), b=conv()))
+    assert names(fxopt.compile(siblings, (IMAGE,), trainable=True)) == {"a.weight", "a.bias", "b.weight", "b.bias"}
+    cross = made(
+        lambda: Model(
+            lambda m, x: m.a(x) + m.b(x),
+            a=nn.Conv2d(4, 4, (3, 1), padding=(1, 0)),
+            b=nn.Conv2d(4, 4, (1, 3), padding=(0, 1)),
+        )
+    )
+    with_everything = fxopt.compile(cross, (IMAGE,), trainable=True)
+    assert names(with_everything) == {"a.weight", "a.bias", "b.weight", "b.bias"}
+
+
+def test_a_weight_that_two_read_stays_one() -> None:
+    model = made(
+        lambda: Model(
+            lambda m, x: m.first(m.conv(x)) + m.second(m.conv(x.relu())), conv=conv(), first=norm(), second=norm()
+        )
+    )
+    tuned = fxopt.compile(model, (IMAGE,), trainable=True)
+    assert {"conv.weight", "conv.bias"} <= names(tuned)
+    assert "reads it, too" in str(tuned.explain("first"))
+    tied = made(lambda: Model(lambda m, x: nn.functional.linear(x, m.w) @ m.w, w=parameter(8, 8)))
+    assert names(fxopt.compile(tied, (ROWS,), trainable=True)) == {"w"}
+    alike = made(
+        lambda: Model(lambda m, x: x @ m.w + x.cos() @ m.w_transposed, w=nn.Parameter(torch.zeros(8, 8)),
+                      w_transposed=nn.Parameter(torch.zeros(8, 8)))
+    )  # fmt: skip
+    assert len(names(fxopt.compile(alike, (ROWS,), trainable=True, verify=False))) == 2
 
 
 # -- gradients that are wrong ------------------------------------------------------------------------------------------
@@ -332,6 +388,114 @@ def test_a_model_that_does_not_run_in_float64_says_so() -> None:
 @pytest.fixture(scope="module")
 def tuned() -> fxopt.TrainableModule:
     return fxopt.compile(made(TABLE["norm behind a convolution"][0]), (IMAGE,), trainable=True)
+
+
+def nested(m: Any, batch: dict[str, Any], *, mask: torch.Tensor, flag: bool = False) -> dict[str, Any]:
+    return {"y": m.fc(batch["x"][0]) + mask, "flag": flag}
+
+
+def test_any_signature() -> None:
+    model = made(lambda: Model(nested, fc=nn.Linear(8, 8)))
+    batch, kwargs = {"x": [ROWS]}, {"mask": ROWS, "flag": True}
+    tuned = fxopt.compile(model, (batch,), kwargs, trainable=True)
+    got = tuned(batch, **kwargs)
+    assert got["flag"] is True
+    torch.testing.assert_close(got["y"], model(batch, **kwargs)["y"])
+    fast = fxopt.compile(tuned, (batch,), kwargs)
+    torch.testing.assert_close(fast(batch, **kwargs)["y"], got["y"])
+
+
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [
+        (lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), ROWS),
+        (lambda: nn.GRU(8, 8, batch_first=True), ROWS),
+        (lambda: Model(lambda m, x: x.transpose(1, 2) @ m.w, w=parameter(6, 4)), ROWS),
+    ],
+    ids=["encoder layer", "GRU", "product"],
+)
+def test_layers_that_torch_computes_another_way_where_a_weight_is_trained(layer: Any, x: torch.Tensor) -> None:
+    model = made(layer)
+    tuned = fxopt.compile(model, (x,), trainable=True)
+    for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        with mode():
+            torch.testing.assert_close(tuned(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_autocast() -> None:
+    model = made(TABLE["norm behind a convolution"][0])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        tuned = fxopt.compile(model, (IMAGE,), trainable=True)
+        loss(tuned(IMAGE)).backward()
+    assert all(value.grad is not None for value in tuned.parameters())
+    linear = nn.Sequential(nn.Linear(8, 8), nn.Identity(), nn.GELU()).eval()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        tuned = fxopt.compile(linear, (ROWS,), trainable=True)
+    assert tuned.report.rewrites
+    with pytest.raises(fxopt.InputError, match="same autocast"):
+        tuned(ROWS)
+
+
+def test_compiled_in_inference_mode() -> None:
+    model = made(TABLE["norm behind a convolution"][0])
+    with torch.inference_mode():
+        tuned = fxopt.compile(model, (IMAGE,), trainable=True)
+        tuned(IMAGE)
+    loss(tuned(IMAGE)).backward()
+
+
+def test_as_a_part_of_another_model() -> None:
+    tuned = fxopt.compile(made(TABLE["norm behind a convolution"][0]), (IMAGE,), trainable=True)
+    whole = nn.Sequential(tuned, nn.Flatten(), nn.Linear(256, 2))
+    again = fxopt.compile(whole, (IMAGE,), trainable=True)
+    fast = fxopt.compile(whole, (IMAGE,))
+    with torch.no_grad():
+        torch.testing.assert_close(again(IMAGE), whole(IMAGE), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(fast(IMAGE), whole(IMAGE), rtol=1e-4, atol=1e-5)
+
+
+def test_sparse_gradients() -> None:
+    model = nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Linear(4, 4)).eval()
+    tuned = fxopt.compile(model, (torch.arange(6).reshape(2, 3),), trainable=True)
+    tuned(torch.arange(6).reshape(2, 3)).sum().backward()
+
+
+class _Shared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.register_buffer("counts", torch.zeros(3))
+        self.register_buffer("first", self.counts[:1])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.counts.add_(1)
+        return self.fc(x) * self.first
+
+
+def test_buffers_that_share_memory_go_on_sharing_it() -> None:
+    model, x = _Shared().eval(), torch.ones(2, 4)
+    tuned = fxopt.compile(model, (x,), trainable=True)
+    for _ in range(3):
+        torch.testing.assert_close(tuned(x), model(x))
+
+
+def test_graphs_to_look_at_are_frozen(tuned: fxopt.TrainableModule) -> None:
+    for graph in (tuned.captured_graph, tuned.fused_graph):
+        assert not any(value.requires_grad for value in graph.parameters())
+
+
+def test_what_the_model_refuses_is_said_as_ever() -> None:
+    model = nn.Linear(4, 4)
+    for args in ((torch.zeros(2, 5),), (torch.zeros(2, 4), torch.zeros(2, 4))):
+        with pytest.raises(fxopt.InputError):
+            fxopt.compile(model, args, trainable=True)
+    branch = Model(lambda m, x: m.fc(x) if x.sum() > 0 else x, fc=nn.Linear(8, 8)).eval()
+    with pytest.raises(fxopt.CaptureError):
+        fxopt.compile(branch, (ROWS,), trainable=True)
+    with torch.inference_mode():
+        model = nn.Linear(4, 4)
+    with pytest.raises(fxopt.UsageError, match="inference tensor"):
+        fxopt.compile(model, (torch.zeros(2, 4),), trainable=True)
 
 
 def test_options_that_make_no_sense() -> None:
