@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections import Counter
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -152,14 +152,18 @@ class Report:
             yield Text(f"  note: {notice}")
 
     def common_reasons(self, most: int = 5) -> list[tuple[str, int]]:
-        """The most frequent reasons for declines on layers that were left as they were, by pass."""
+        """The most frequent reasons for declines on layers that were left as they were, by pass.
+
+        Names and numbers in which several differ are dots.
+        """
         done = {name for rewrite in self.rewrites for name in (*dict(rewrite.replaced), *rewrite.removed)}
-        counts: Counter[str] = Counter()
+        groups: dict[str, list[str]] = {}
         for decline in self.declines:
             if decline.fits and decline.node not in done and not decline.pending:
-                words = [word for word in decline.reason.split() if not any(part.isdigit() for part in word)]
-                counts[f"{decline.pass_name}: {' '.join(words)}"] += 1
-        return counts.most_common(most)
+                alike = re.sub(r"(\S*\d\S* ?)+", "… ", decline.reason).strip()
+                groups.setdefault(f"{decline.pass_name}: {alike}", []).append(f"{decline.pass_name}: {decline.reason}")
+        counts = [(reasons[0] if len(set(reasons)) == 1 else alike, len(reasons)) for alike, reasons in groups.items()]
+        return sorted(counts, key=lambda entry: -entry[1])[:most]
 
     def __str__(self) -> str:
         from rich.console import Console

@@ -103,7 +103,8 @@ class Session:
         if not self.programs:
             program.report.notices[:0] = self.report.notices
             self.before, self.after, self.report = captured.module, program.module, program.report
-            self.report.verification = "shapes are not known yet; the first call is compared"
+            waits = "shapes are not known yet; the first call is compared"
+            self.report.verification = waits if self.options.verify else "verify=False"
         self.programs.append(program)
         del self.programs[1 : 1 - MOST_PROGRAMS]  # the first is the one that the report is about
         return program

@@ -13,7 +13,9 @@ from fxopt import cost
 from fxopt.cost import Cost
 from fxopt.dot import detail_lines
 from fxopt.graphdiff import GraphDiff
+from fxopt.journal import Decline, Journal
 from fxopt.render import to_html
+from fxopt.report import Report
 
 #: These alone: what other passes save has its own tests.
 PASSES = ("fold-batchnorm", "fuse-conv-activation")
@@ -105,3 +107,18 @@ def test_work_that_is_not_known_is_named_and_left_out() -> None:
     assert cost.change(part, part) == ""
     assert cost.describe(part, part).endswith("; without 2 operations whose work is not known")
     assert cost.describe(cost.Total(), cost.Total()) == ""
+
+
+def test_alike_reasons_are_counted_together_and_one_alone_is_said_whole() -> None:
+    reasons = ("8 bytes are copied", "16 bytes are copied", "the strides would change from (4, 2) to (2, 4)")
+    journal = Journal([], {("rule", str(i)): Decline("some-pass", "rule", str(i), r, ()) for i, r in enumerate(reasons)})
+    report = Report("M", "export", "aten", 1, 1, [], journal)
+    assert report.common_reasons() == [
+        ("some-pass: … bytes are copied", 2),
+        ("some-pass: the strides would change from (4, 2) to (2, 4)", 1),
+    ]
+
+
+def test_without_verification_the_report_says_so() -> None:
+    report = fxopt.compile(torch.nn.Linear(2, 2).eval(), (torch.zeros(1, 2),), verify=False).report
+    assert "not verified: verify=False" in str(report)
