@@ -111,7 +111,8 @@ def test_work_that_is_not_known_is_named_and_left_out() -> None:
 
 def test_alike_reasons_are_counted_together_and_one_alone_is_said_whole() -> None:
     reasons = ("8 bytes are copied", "16 bytes are copied", "the strides would change from (4, 2) to (2, 4)")
-    journal = Journal([], {("rule", str(i)): Decline("some-pass", "rule", str(i), r, ()) for i, r in enumerate(reasons)})
+    made = [Decline("some-pass", "rule", f"node_{index}", reason, ()) for index, reason in enumerate(reasons)]
+    journal = Journal([], {(decline.rule, decline.node): decline for decline in made})
     report = Report("M", "export", "aten", 1, 1, [], journal)
     assert report.common_reasons() == [
         ("some-pass: … bytes are copied", 2),
