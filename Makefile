@@ -10,6 +10,7 @@
 #   make ablation   what each step is worth in time, docs/ablation.md: docs/make_ablation.py     BENCH_ARGS as above
 #   make profile   where the time goes: docs/make_profile.py
 #   make lowering   which library multiplies what: docs/make_lowering.py
+#   make onnx   the rewritten graphs in ONNX Runtime, docs/exporting.md: docs/make_onnx.py     ONNX_ARGS='--only resnet'
 #   make sync   what one collective instead of two is worth: docs/make_sync.py
 #   make clean   what tools left behind; .venv stays
 
@@ -17,13 +18,14 @@ PYTHON ?= python3
 JOBS ?= 2
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+ONNX_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 
-.PHONY: setup test demo tutorial sweep catalogue bench ablation profile lowering sync clean
+.PHONY: setup test demo tutorial sweep catalogue bench ablation profile lowering onnx sync clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -32,7 +34,7 @@ setup: $(STAMP)
 # and no range can bring in another build of it.
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --constraint constraints.txt "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev,zoo,demo]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev,onnx,zoo,demo]'
 	touch $@
 
 $(BIN)/python:
@@ -68,6 +70,9 @@ profile: $(STAMP)
 
 lowering: $(STAMP)
 	$(BIN)/python docs/make_lowering.py
+
+onnx: $(STAMP)
+	$(BIN)/python docs/make_onnx.py $(ONNX_ARGS)
 
 sync: $(STAMP)
 	$(BIN)/python docs/make_sync.py

@@ -9,8 +9,9 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import fx
+from torch.export import ExportedProgram
 
-from fxopt import plugins
+from fxopt import exporting, plugins
 from fxopt.capture import Inputs, capture_export, capture_symbolic, private_copy
 from fxopt.errors import CaptureError, FxoptNotice, UsageError
 from fxopt.pipeline import Progress, Step, flat, only
@@ -55,7 +56,7 @@ def _stretch(entry: object) -> tuple[Step, ...]:
 
 @overload
 def compile(
-    model: torch.nn.Module,
+    model: torch.nn.Module | ExportedProgram,
     args: tuple[Any, ...] | torch.Tensor | None = None,
     kwargs: Mapping[str, Any] | None = None,
     *,
@@ -73,7 +74,7 @@ def compile(
 
 @overload
 def compile(
-    model: torch.nn.Module,
+    model: torch.nn.Module | ExportedProgram,
     args: tuple[Any, ...] | torch.Tensor | None = None,
     kwargs: Mapping[str, Any] | None = None,
     *,
@@ -90,7 +91,7 @@ def compile(
 
 
 def compile(
-    model: torch.nn.Module,
+    model: torch.nn.Module | ExportedProgram,
     args: tuple[Any, ...] | torch.Tensor | None = None,
     kwargs: Mapping[str, Any] | None = None,
     *,
@@ -106,6 +107,7 @@ def compile(
 ) -> CompiledModule | TrainableModule:
     """The same function as `model` in eval mode, faster.
 
+    An ExportedProgram stands for the module that it was exported from; its own example inputs are the default.
     `args` and `kwargs` are example inputs, of any structure. With them everything is done now: captured by torch.export
     with the first dimension open (`dynamic_shapes`: "batch", "all" or None), rewritten, lowered for these inputs, and
     verified on them. Without, the model is traced symbolically and finished at its first call.
@@ -129,6 +131,11 @@ def compile(
         raise UsageError(f"verify is {verify!r}", hint='it is True, False or "each"')
     if dynamic_shapes not in ("batch", "all", None):
         raise UsageError(f"dynamic_shapes is {dynamic_shapes!r}", hint='it is "batch", "all" or None')
+    name = type(model).__name__
+    if isinstance(model, ExportedProgram):
+        if args is None and kwargs is None and model.example_inputs is not None:
+            args, kwargs = model.example_inputs
+        model = exporting.taken(model)
     model = deployed(model)
     original = private_copy(model)
     if backend != "auto":
@@ -149,12 +156,12 @@ def compile(
             raise UsageError("trainable=True needs example inputs", hint="fxopt.compile(model, (x,), trainable=True)")
         if backend not in ("auto", "aten"):
             raise UsageError(f"trainable=True stops before lowering: it takes no backend {backend!r}")
-        session = Session(original, type(model).__name__, replace(options, backend="aten"))
+        session = Session(original, name, replace(options, backend="aten"))
         tuned = make_trainable(model, session, _examples(args), dict(kwargs or {}))
         session.report.notices[:0] = notices
         _tell(notices)
         return tuned
-    session = Session(original, type(model).__name__, options)
+    session = Session(original, name, options)
     if args is None and kwargs is None:
         try:
             session.start_symbolic()

@@ -91,6 +91,10 @@ class StaleWeightsError(FxoptError):
     """A tensor that the compiled model shares with the caller's model was written after compiling."""
 
 
+class ExportError(FxoptError):
+    """The compiled model cannot be written as an exported program, or in ONNX."""
+
+
 class UsageError(FxoptError, ValueError):
     """fxopt was called with something that it does not take."""
 

@@ -10,13 +10,15 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import fx
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from fxopt import ir, memory, ops, session
+from fxopt import exporting, ir, memory, onnx_model, ops, session
 from fxopt.capture import Inputs
 from fxopt.errors import StaleWeightsError, UsageError
 from fxopt.looking import Shown, presentable
@@ -122,6 +124,32 @@ class CompiledModule(Shown):
         module, _ = ir.copy(self._shown().after)
         ops.decompose_all(module)
         return presentable(module)
+
+    def exported(self) -> ExportedProgram:
+        """The rewritten graph as a program of torch.export, in plain ATen, with the model's signature and structures.
+
+        It has tensors of its own, and leaves open the sizes that the capture did; constants of the call (numbers, None)
+        are constants of the program. It is compared with the original on stand-ins for the inputs, unless `verify` is
+        False. Raises UsageError where shapes are not known yet, ExportError, VerificationError.
+        """
+        with self._lock:
+            self._check_versions()
+            made = exporting.exported(self._shown())
+            self._remember()
+        return made
+
+    def to_onnx(self, path: str | Path, *, opset: int | None = None) -> None:
+        """Writes the rewritten graph as an ONNX model, through `exported` and torch.onnx.
+
+        `opset` is the version of ONNX's operators, by default torch's. Inputs and outputs are named as the model names
+        them, an open batch is the axis "batch". Weights above 1.8 GB are in a file of their own beside `path`. Raises
+        what `exported` raises, UsageError where the packages of the extra `onnx` are missing, and ExportError where
+        ONNX lacks an operator.
+        """
+        with self._lock:
+            self._check_versions()
+            onnx_model.write(self._shown(), path, opset)
+            self._remember()
 
     def __repr__(self) -> str:
         report = self._session.report

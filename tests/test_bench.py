@@ -231,14 +231,18 @@ class Picture(torch.nn.Module):
         return y, y.mean((2, 3)) * gain
 
 
-@pytest.mark.parametrize("name", ["eager", "fxopt", "channels_last", "fx_fuse", "jit", "onnxruntime", "openvino"])
+PEERS: dict[str, tuple[str, ...]] = {"onnxruntime": ("onnxruntime", "onnxscript"), "openvino": ("openvino",)}
+REWRITTEN = runtimes.OnnxRuntime(rewritten=True, optimised=False)
+
+
+@pytest.mark.parametrize("name", ["eager", "fxopt", "channels_last", "fx_fuse", "jit", *PEERS, "onnxruntime, ours"])
 def test_a_runtime_gives_the_model_s_answer(name: str) -> None:
-    for needed in {"onnxruntime": ("onnxruntime", "onnxscript"), "openvino": ("openvino",)}.get(name, ()):
+    for needed in PEERS.get(name.partition(",")[0], ()):
         pytest.importorskip(needed, reason="the extra bench")
     model, args, kwargs = Picture().eval(), (torch.randn(2, 3, 9, 9),), {"gain": torch.randn(8)}
     with torch.no_grad():
         expected = model(*args, **kwargs)
-        built = runtimes.RUNTIMES[name](model, args, kwargs)
+        built = runtimes.RUNTIMES.get(name, REWRITTEN)(model, args, kwargs)
         actual = list(torch.utils._pytree.tree_leaves(built.call(*args, **kwargs)))
     assert isinstance(built, Built)
     assert built.version

@@ -115,5 +115,25 @@ def test_the_ablation_compares_each_step_with_the_one_before(monkeypatch: pytest
     assert rows[-1].startswith("| geometric mean | | **1.33** |")
 
 
+def test_the_page_on_onnx_has_counts_and_times_of_both_exports(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script = imported("make_onnx", monkeypatch)
+    page, results = tmp_path / "exporting.md", tmp_path / "onnx.json"
+    page.write_text(f"before\n{script.BEGIN}\nold\n{script.END}\nafter\n")
+    monkeypatch.setattr(script, "PAGE", page)
+    seconds = dict(zip(("eager", "fxopt", *script.RUNTIMES), (1.0, 0.5, 0.3, 0.2, 0.4, 0.1), strict=True))
+    timings = tuple(Timing(name, "ok", "", (second,), error=1e-6) for name, second in seconds.items())
+    found = Benchmark("resnet18", ("1x3",), Settings(2), made("resnet18", 2).machine, timings)
+    kinds = {"file": 9, "layers": 4, "norms": 1, "run": 5}
+    counts = {"resnet18": {script.ORIGINAL: kinds, script.OURS: {kind: 2 * count for kind, count in kinds.items()}}}
+    results.write_text(json.dumps({"counts": counts, "benchmarks": [found.to_dict()]}))
+    script.write(results)
+    text = page.read_text()
+    assert "| resnet18 | 9 | 18 | 4 | 8 | 1 | 2 | 5 | 10 |" in text
+    assert "| resnet18 | 300.00 | 200.00 | 1.50 ±0% | 400.00 | 100.00 | 4.00 ±0% | 1e-06 |" in text
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert (DOCS / "exporting.md").read_text(encoding="utf-8").count(script.BEGIN) == 1
+
+
 def flat(passes: Any) -> list[str]:
     return [name for step in passes for name in ((step,) if isinstance(step, str) else step)]

@@ -67,6 +67,8 @@ LAYERS = (
     "session",  # all captures of one compiled model
     "frozen",  # a session as plain data
     "memory",  # what compiling left, given back
+    "exporting",  # to torch.export, and from it
+    "onnx_model",
     "looking",  # what a compiled model shows of itself
     "runtime",
     "gradients",  # of a rewritten graph and the original

@@ -2,7 +2,7 @@
 
 from fxopt.bench.measure import benchmark
 from fxopt.bench.result import Benchmark, Mean, Ratio, Timing, means
-from fxopt.bench.runtimes import RUNTIMES, Built, Fxopt, Prepare
+from fxopt.bench.runtimes import RUNTIMES, Built, Fxopt, OnnxRuntime, Prepare
 from fxopt.bench.system import Memory
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Fxopt",
     "Mean",
     "Memory",
+    "OnnxRuntime",
     "Prepare",
     "Ratio",
     "Timing",

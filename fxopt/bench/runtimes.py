@@ -190,30 +190,54 @@ def _fxopt(name: str) -> Fxopt:
 # -- peers -----------------------------------------------------------------------------------------------------------
 
 
-def onnxruntime(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Built:
-    """ONNX Runtime on the CPU: exported with the sizes of the example, all its graph optimisations."""
-    stages = _Stages()
-    ort = import_module("onnxruntime")
-    for needed in ("onnx", "onnxscript"):
-        import_module(needed)
-    stages.end("import")
-    flat, tensors = _flat(model, args, kwargs)
-    file = Path(tempfile.mkdtemp()) / "model.onnx"
-    torch.onnx.export(flat, tensors, file, dynamo=True, verbose=False, external_data=True)
-    stages.end("export")
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.inter_op_num_threads = 1
-    session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    stages.end("session")
-    names = [entry.name for entry in session.get_inputs()]
+@dataclass(frozen=True)
+class OnnxRuntime:
+    """ONNX Runtime on the CPU: exported with the sizes of the example, all its graph optimisations, or none of them.
 
-    def call(*args: Any, **kwargs: Any) -> list[torch.Tensor]:
-        given = (tensor.numpy() for tensor in _tensors(args, kwargs))
-        return [torch.from_numpy(array) for array in session.run(None, dict(zip(names, given, strict=True)))]
+    What is exported is the model, or with `rewritten` what fxopt makes of it.
+    """
 
-    return Built(call, f"onnxruntime {ort.__version__}", stages)
+    rewritten: bool = False
+    optimised: bool = True
+
+    def __call__(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Built:
+        stages = _Stages()
+        ort = import_module("onnxruntime")
+        for needed in ("onnx", "onnxscript"):
+            import_module(needed)
+        stages.end("import")
+        file = Path(tempfile.mkdtemp()) / "model.onnx"
+        self.write(model, args, kwargs, file)
+        stages.end("export")
+        session = ort.InferenceSession(str(file), self.options(), providers=["CPUExecutionProvider"])
+        stages.end("session")
+        names = [entry.name for entry in session.get_inputs()]
+
+        def call(*args: Any, **kwargs: Any) -> list[torch.Tensor]:
+            given = (tensor.numpy() for tensor in _tensors(args, kwargs))
+            return [torch.from_numpy(array) for array in session.run(None, dict(zip(names, given, strict=True)))]
+
+        return Built(call, f"onnxruntime {ort.__version__}", stages)
+
+    def write(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], file: Path) -> None:
+        """Exports to a file."""
+        if self.rewritten:
+            from fxopt.compiler import compile
+
+            compile(model, args, kwargs or None, dynamic_shapes=None, backend="aten").to_onnx(file)
+        else:
+            flat, tensors = _flat(model, args, kwargs)
+            torch.onnx.export(flat, tensors, file, dynamo=True, verbose=False, external_data=True)
+
+    def options(self) -> Any:
+        """onnxruntime.SessionOptions, on as many threads as torch has."""
+        ort = import_module("onnxruntime")
+        options = ort.SessionOptions()
+        levels = ort.GraphOptimizationLevel
+        options.graph_optimization_level = levels.ORT_ENABLE_ALL if self.optimised else levels.ORT_DISABLE_ALL
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.inter_op_num_threads = 1
+        return options
 
 
 def openvino(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Built:
@@ -249,7 +273,7 @@ RUNTIMES: Mapping[str, Prepare] = {
     "fx_fuse": fx_fuse,
     "jit": jit,
     "inductor": inductor,
-    "onnxruntime": onnxruntime,
+    "onnxruntime": OnnxRuntime(),
     "openvino": openvino,
 }
 

@@ -96,7 +96,7 @@ class _WithoutDumps:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """torch.export logs, warns about and prints what its errors say again."""
     loggers = [logging.getLogger(name) for name in ("torch.export", "torch.fx.experimental", "torch._export")]
     levels = [logger.level for logger in loggers]
@@ -116,13 +116,13 @@ def _export(
 ) -> Captured:
     flat = FlatModel(model, inputs)
     try:
-        with _quiet(), torch.set_grad_enabled(grad), _packed_norms(model):
+        with quiet(), torch.set_grad_enabled(grad), _packed_norms(model):
             program = torch.export.export(
                 flat, inputs.tensors, strict=False, dynamic_shapes=_dynamic(inputs, dynamic_shapes)
             )
     except Exception as error:
         raise CaptureError(
-            f"torch.export cannot capture the model: {_first_lines(error)}",
+            f"torch.export cannot capture the model: {first_lines(error)}",
             line=user_line_of_error(error),
             hint="make the branch depend on shapes or on configuration instead of on tensor values "
             "(torch.where, torch.cond), or compile the submodules that can be captured",
@@ -166,7 +166,7 @@ def _drop_packing(module: fx.GraphModule) -> None:
             editor.erase(node)
 
 
-def _first_lines(error: Exception) -> str:
+def first_lines(error: Exception) -> str:
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     return f"{type(error).__name__}: " + " ".join(line.strip() for line in lines[:3])
 

@@ -51,7 +51,8 @@ def register_dataclasses(value: Any) -> None:
     """Makes dataclass-like results (outputs of models, say) known to pytree, so that they can be taken apart."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         if type(value) not in pytree.SUPPORTED_NODES:
-            torch.export.register_dataclass(type(value))
+            kind = type(value)  # under a name, so that exported programs can be saved
+            torch.export.register_dataclass(kind, serialized_type_name=f"{kind.__module__}.{kind.__qualname__}")
         for item in dataclasses.fields(value):
             register_dataclasses(getattr(value, item.name))
     elif isinstance(value, dict):
