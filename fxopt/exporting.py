@@ -194,13 +194,15 @@ def _number(size: Any) -> int:
 
 
 def _serves_one(program: Program, work: Session) -> bool:
-    """Whether a program with an open batch says what the model does on a batch of 1; else a notice says that it does
+    """Whether a program says what the model does on a batch of 1, if its batch is open; else a notice says that it does
     not. No guard can say so: to torch.export an open size is at least 2."""
     inputs = _examples(program, opened=True)
     nodes = program.module.graph.find_nodes(op="placeholder")
     batched = [any(map(is_open, (ir.shape(node) or ())[:1])) for node in nodes]
+    if not any(batched):
+        return True
     single = inputs.with_tensors(
-        tuple(tensor[:1] if is_open else tensor for tensor, is_open in zip(inputs.tensors, batched, strict=True))
+        tuple(tensor[:1] if first else tensor for tensor, first in zip(inputs.tensors, batched, strict=True))
     )
     if program.guards.refusal(single) is not None:
         return True

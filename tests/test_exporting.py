@@ -203,6 +203,13 @@ def test_a_model_that_is_another_at_batch_1_is_exported_for_its_examples_sizes()
         program.module()(torch.zeros(1, 3))
 
 
+def test_what_was_captured_for_one_batch_is_exported_for_it_without_a_notice(recwarn: pytest.WarningsRecorder) -> None:
+    model = Network(lambda m, x: x + 1 if x.shape[0] == 1 else x - 1).eval()
+    fast = compiled(model, ((torch.zeros(1, 3),), {}), dynamic_shapes=None)
+    assert_close(fast.exported().module()(torch.zeros(1, 3)), torch.ones(1, 3))
+    assert not [warning for warning in recwarn if warning.category is fxopt.FxoptNotice]
+
+
 def test_a_counter_goes_on_counting_in_the_program_and_is_not_the_models() -> None:
     def count(m: Any, x: Any) -> Any:
         m.count += 1
