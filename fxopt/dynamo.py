@@ -10,6 +10,7 @@ import copy
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -55,11 +56,30 @@ def _tell(notice: str) -> None:
         warnings.warn(notice, FxoptNotice, stacklevel=2)
 
 
+@dataclass(frozen=True)
+class _State:
+    """What runs for a graph, the places of the inputs that it takes, and what it has as constants: by place, tensors
+    with their versions, and numbers as they are spelled (0.0 is not -0.0)."""
+
+    run: Callable[..., Any]
+    live: tuple[int, ...]
+    tensors: tuple[tuple[int, torch.Tensor, int], ...] = ()
+    numbers: tuple[tuple[int, str], ...] = ()
+
+    def fits(self, inputs: Sequence[Any]) -> bool:
+        """Whether nothing that it has as a constant has changed."""
+        for place, tensor, version in self.tensors:
+            if inputs[place] is not tensor or tensor._version != version:
+                return False
+        return all(repr(inputs[place].item()) == number for place, number in self.numbers)
+
+
 class _Graph:
     """One graph of Dynamo's, compiled at its first call, and again where what it holds as constants has changed.
 
     `held` are the places of parameters, buffers and other tensors of the model among the inputs, but for those that the
-    graph writes; `numbers` those of Python numbers, which come as tensors without dimensions.
+    graph writes; `numbers` those of Python numbers, which come as tensors without dimensions. What was made is replaced
+    as a whole, so that a thread never runs what another one is making.
     """
 
     def __init__(self, graph: fx.GraphModule, examples: Sequence[Any], options: dict[str, Any]) -> None:
@@ -71,40 +91,29 @@ class _Graph:
         self.sizes = {i: found for i, node in enumerate(nodes) if (found := _size_of(node, nodes)) is not None}
         self.open = any(isinstance(example, torch.SymInt) for example in examples)
         self.lock = threading.Lock()
-        self.seen: tuple[list[tuple[torch.Tensor, int]], list[Any]] | None = None
-        self.run: Callable[..., Any] = graph
-        self.live: list[int] = []
+        self.made: _State | None = None
 
     def __call__(self, *inputs: Any) -> Any:
-        if not self._is_current(inputs):
+        made = self.made
+        if made is None or not made.fits(inputs):
             with self.lock:
-                if not self._is_current(inputs):
-                    self._compile(inputs)
-        return self.run(*[inputs[i] for i in self.live])
+                made = self.made
+                if made is None or not made.fits(inputs):
+                    self.made = made = self._compiled(inputs)
+        return made.run(*[inputs[i] for i in made.live])
 
-    def _is_current(self, inputs: Sequence[Any]) -> bool:
-        if self.seen is None:
-            return False
-        tensors, numbers = self.seen
-        for place, (tensor, version) in zip(self.held, tensors, strict=True):
-            if inputs[place] is not tensor or tensor._version != version:
-                return False
-        return not numbers or [inputs[place].item() for place in self.numbers] == numbers
-
-    def _compile(self, inputs: Sequence[Any]) -> None:
-        self.seen = None
+    def _compiled(self, inputs: Sequence[Any]) -> _State:
         try:
-            made = self._made(inputs)
-            self.run, self.live = made
+            run, live = self._made(inputs)
         except FxoptError as error:
             if self.strict:
                 raise
             _tell(f"a graph of torch.compile runs as it is: {error.message}")
-            self.run, self.live = self.graph, list(range(len(inputs)))
-        numbers = [inputs[place].item() for place in self.numbers]
-        self.seen = [(inputs[place], inputs[place]._version) for place in self.held], numbers
+            return _State(self.graph, tuple(range(len(inputs))))
+        tensors = tuple((place, inputs[place], inputs[place]._version) for place in self.held)
+        return _State(run, live, tensors, tuple((place, repr(inputs[place].item())) for place in self.numbers))
 
-    def _made(self, inputs: Sequence[Any]) -> tuple[CompiledModule, list[int]]:
+    def _made(self, inputs: Sequence[Any]) -> tuple[CompiledModule, tuple[int, ...]]:
         """The graph compiled, and the places of the inputs that it takes."""
         while True:
             module, live = self._with_constants(inputs)
@@ -119,11 +128,11 @@ class _Graph:
                 return made, live
             self.held = kept  # what the graph writes is the caller's
 
-    def _with_constants(self, inputs: Sequence[Any]) -> tuple[fx.GraphModule, list[int]]:
+    def _with_constants(self, inputs: Sequence[Any]) -> tuple[fx.GraphModule, tuple[int, ...]]:
         """The graph with constants for what is held, and the places of the inputs that are left."""
         module = fx.GraphModule(self.graph, copy.deepcopy(self.graph.graph))
         nodes = module.graph.find_nodes(op="placeholder")
-        live = [i for i in range(len(nodes)) if i not in {*self.held, *self.numbers, *self.sizes}]
+        live = tuple(i for i in range(len(nodes)) if i not in {*self.held, *self.numbers, *self.sizes})
         with module.graph.inserting_after(nodes[-1]):
             for place in self.held:
                 tensor = inputs[place]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -144,6 +144,40 @@ def test_other_numbers() -> None:
     both = Compiled(scaled, dynamic=True)
     for scale, times in ((0.5, 1), (0.25, 1), (0.25, 3), (0.5, 4), (0.5, 5)):
         both.agree(IMAGE, scale, times=times)
+
+
+def test_zero_has_a_sign() -> None:
+    both = Compiled(lambda m, x, scale: 1 / (x * scale), dynamic=True)
+    for scale in (0.5, 0.0, -0.0, 0.0):
+        both.agree(IMAGE.abs() + 1, scale)
+
+
+def test_a_call_runs_what_fits_it_though_another_thread_compiles_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[dynamo._Graph, tuple[Any, ...]]] = []
+
+    class Noted(dynamo._Graph):
+        def __call__(self, *inputs: Any) -> Any:
+            calls.append((self, inputs))
+            return super().__call__(*inputs)
+
+    monkeypatch.setattr(dynamo, "_Graph", Noted)
+    both = Compiled(scaled, dynamic=True)
+    both.agree(IMAGE, 0.25)
+    both.agree(IMAGE, 0.5)
+    (graph, other), (same, inputs) = calls[-2:]
+    assert graph is same
+    wanted, fits, busy = graph(*inputs)[0].clone(), dynamo._State.fits, []
+
+    def overtaken(state: dynamo._State, given: Sequence[Any]) -> bool:
+        found = fits(state, given)
+        if found and not busy:
+            busy.append(True)
+            graph(*other)  # as another thread might, between the question and the call
+        return found
+
+    monkeypatch.setattr(dynamo._State, "fits", overtaken)
+    torch.testing.assert_close(graph(*inputs)[0], wanted)
+    assert busy
 
 
 @pytest.mark.skipif(inductor.unavailable("cpu") is not None, reason="TorchInductor needs a C++ compiler")
