@@ -10,6 +10,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import fx
 from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
 from fxopt import exporting, plugins
 from fxopt.capture import Inputs, capture_export, capture_symbolic, private_copy
@@ -19,6 +20,7 @@ from fxopt.program import Options
 from fxopt.rewrite import Numerics, Pass
 from fxopt.runtime import CompiledModule
 from fxopt.session import Session
+from fxopt.signature import call_key
 from fxopt.state import privatise
 from fxopt.trainable import TrainableModule
 from fxopt.trainable import make as make_trainable
@@ -131,12 +133,14 @@ def compile(
         raise UsageError(f"verify is {verify!r}", hint='it is True, False or "each"')
     if dynamic_shapes not in ("batch", "all", None):
         raise UsageError(f"dynamic_shapes is {dynamic_shapes!r}", hint='it is "batch", "all" or None')
-    name = type(model).__name__
+    name = ""
     if isinstance(model, ExportedProgram):
+        name = type(model).__name__
         if args is None and kwargs is None and model.example_inputs is not None:
             args, kwargs = model.example_inputs
         model = exporting.taken(model)
     model = deployed(model)
+    name = name or type(model).__name__
     original = private_copy(model)
     if backend != "auto":
         plugins.backend(backend)
@@ -151,35 +155,30 @@ def compile(
             "the model is on the meta device: it has shapes but no values",
             hint="load its weights onto a device first (to_empty, then load_state_dict)",
         )
+    if trainable and args is None and kwargs is None:
+        raise UsageError("trainable=True needs example inputs", hint="fxopt.compile(model, (x,), trainable=True)")
+    if trainable and backend not in ("auto", "aten"):
+        raise UsageError(f"trainable=True stops before lowering: it takes no backend {backend!r}")
+    session = Session(original, name, replace(options, backend="aten") if trainable else options)
+    given, named = _examples(args), dict(kwargs or {})
+    made: CompiledModule | TrainableModule
     if trainable:
-        if args is None and kwargs is None:
-            raise UsageError("trainable=True needs example inputs", hint="fxopt.compile(model, (x,), trainable=True)")
-        if backend not in ("auto", "aten"):
-            raise UsageError(f"trainable=True stops before lowering: it takes no backend {backend!r}")
-        session = Session(original, name, replace(options, backend="aten"))
-        tuned = make_trainable(model, session, _examples(args), dict(kwargs or {}))
-        session.report.notices[:0] = notices
-        _tell(notices)
-        return tuned
-    session = Session(original, name, options)
-    if args is None and kwargs is None:
+        made = make_trainable(model, session, given, named)
+    elif args is None and kwargs is None:
         try:
             session.start_symbolic()
         except CaptureError as error:
             notices.append(f"captured at the first call instead of now: {error.message}")
             session.start_empty([])
+        made = CompiledModule(session)
     else:
-        given = _examples(args)
-        session.start_empty([])
-        compiled = CompiledModule(session)
+        made = CompiledModule(session)
         with torch.no_grad():
-            compiled._specialise(given, dict(kwargs or {}), _key(given, dict(kwargs or {})))
-        session.report.notices[:0] = notices
-        _tell(notices)
-        return compiled
+            made._specialise(given, named, call_key(*pytree.tree_flatten((given, named))))
     session.report.notices[:0] = notices
-    _tell(notices)
-    return CompiledModule(session)
+    for notice in notices:
+        warnings.warn(notice, FxoptNotice, stacklevel=2)
+    return made
 
 
 def _examples(args: Any) -> tuple[Any, ...]:
@@ -191,19 +190,6 @@ def _examples(args: Any) -> tuple[Any, ...]:
         f"the example inputs are {type(args).__name__}, not the tuple of the call's arguments",
         hint="fxopt.compile(model, (x,)), or fxopt.compile(model, (x,), {'mask': mask})",
     )
-
-
-def _key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    from torch.utils import _pytree as pytree
-
-    from fxopt.signature import call_key
-
-    return call_key(*pytree.tree_flatten((args, kwargs)))
-
-
-def _tell(notices: list[str]) -> None:
-    for notice in notices:
-        warnings.warn(notice, FxoptNotice, stacklevel=3)
 
 
 def trace(

@@ -280,11 +280,12 @@ def _provenance(node: fx.Node) -> dict[str, Any]:
 
 def _verify(made: ExportedProgram, inputs: Inputs, work: Session) -> None:
     """Raises VerificationError where the program does not give the original's answer on stand-ins; where the original
-    refuses them (there may be numbers that it does not take), nothing is compared."""
+    refuses them (there may be numbers that it does not take), nothing is compared, and a notice says so."""
     with torch.inference_mode(False), torch.no_grad():
         try:
             expected = work._run_original(inputs)
-        except InputError:
+        except InputError as error:
+            tell(work, f"the exported program was not compared: {error.message}")
             return
         module = made.module()
 

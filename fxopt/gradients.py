@@ -1,7 +1,7 @@
 """Compares gradients: those of a rewritten graph with the original's, through what was folded, in float64.
 
 Rounding moves a ReLU's input across zero here and there, and its gradient with it, so in float32 gradients of two right
-graphs differ visibly. In float64 they agree to six digits and more where the rewrites are right (PyTorch's hardswish
+graphs differ visibly. In float64 they agree to seven digits and more where the rewrites are right (PyTorch's hardswish
 has its constants in float32).
 """
 
@@ -19,6 +19,7 @@ from fxopt import ir, normalize, plugins, trained
 from fxopt.capture import Inputs
 from fxopt.compare import Verdict, relative_error
 from fxopt.errors import VerificationError
+from fxopt.looking import Shown
 from fxopt.lowering.weights import Weights
 from fxopt.pipeline import PassManager, PassResult
 from fxopt.program import KEPT, Options
@@ -27,20 +28,22 @@ from fxopt.trained import Folds
 from fxopt.trial import in_float64, seeded
 
 #: How far a gradient may be from the original's, by its own largest number, or a millionth of the largest of all.
-TOLERANCE = 1e-6
+TOLERANCE = 1e-7
 NEGLIGIBLE = 1e-6
 
 
-def changed_by(original: torch.nn.Module, names: Sequence[str], inputs: Inputs, options: Options) -> list[PassResult]:
-    """The passes that fail on a model in float64, or change a gradient there.
+def changed_by(
+    original: torch.nn.Module, names: Sequence[str], inputs: Inputs, options: Options
+) -> tuple[list[PassResult], set[tuple[str, str]]]:
+    """The passes that fail on a model in float64 or change a gradient there; and the rules, by pass, that are right.
 
     `original` is a model's private copy, `names` those of its parameters that are trained. Raises VerificationError
     where the model does not run in float64 or has no gradients, and where the captured graph has others than the model.
     """
     wide = in_float64(original)
     for part in wide.modules():
-        if hasattr(part, "checked"):
-            part.checked = False  # type: ignore[assignment]
+        if isinstance(part, Shown):
+            part.checked = False
     parameters = [wide.get_parameter(name).requires_grad_() for name in names]
     call = inputs.with_tensors(tuple(t.double() if t.is_floating_point() else t for t in inputs.tensors))
     session = Session(wide, type(wide).__name__, replace(options, backend="aten"))
@@ -84,7 +87,9 @@ def changed_by(original: torch.nn.Module, names: Sequence[str], inputs: Inputs, 
         )
     each = options.verify == "each"
     manager = PassManager(options.passes, numerics=options.numerics, strict=options.strict, judge=judge, each=each)
-    return [result for result in manager.run(module).results if result.status not in KEPT]
+    run = manager.run(module)
+    compared = {(rewrite.pass_name, rewrite.rule) for rewrite in run.journal.rewrites}
+    return [result for result in run.results if result.status not in KEPT], compared
 
 
 def _compare(expected: Sequence[torch.Tensor], actual: Sequence[torch.Tensor], names: Sequence[str]) -> Verdict:

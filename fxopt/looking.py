@@ -15,6 +15,8 @@ class Shown(torch.nn.Module):
     """A module that came out of `fxopt.compile`: its report, its graphs, and what happened to each layer."""
 
     _session: session.Session
+    #: Whether a call is checked against what was captured: not on a copy that runs in another dtype, to compare.
+    checked: bool = True
 
     @property
     def report(self) -> Report:

@@ -17,12 +17,13 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fxopt import gradients, ir, ops, session
 from fxopt.capture import Inputs
-from fxopt.errors import FxoptNotice, InputError, UsageError
+from fxopt.errors import FxoptNotice, InputError, UsageError, VerificationError
 from fxopt.looking import Shown
 from fxopt.pipeline import PassResult, flat, only
 from fxopt.program import describe
 from fxopt.signature import call_key
 from fxopt.trained import Folds
+from fxopt.trial import seeded
 
 #: How many kinds of calls a module remembers as fitting.
 MOST_KNOWN = 1000
@@ -47,7 +48,6 @@ class TrainableModule(Shown):
         object.__setattr__(self, "_session", work)
         object.__setattr__(self, "_fitting", set())
         object.__setattr__(self, "_lock", threading.RLock())
-        self.checked = True  # False on a copy that runs in another dtype, to compare
         self.graph_module = graph_module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -69,7 +69,8 @@ class TrainableModule(Shown):
                 difference = self._session._disagreement(program.captured, inputs)
                 refusal = None if difference is None else f"the model takes another branch here: {difference}"
             if refusal is not None:
-                hint = "compile it under the same autocast" if "autocast" in refusal else "compile it with such inputs"
+                other = program.guards.autocast not in (None, ir.autocast())
+                hint = "compile it under the same autocast" if other else "compile it with such inputs"
                 raise InputError(
                     f"what is trained is one graph, which does not fit this call: {refusal}",
                     hint=f"it was given {describe(inputs)}; {hint}",
@@ -138,14 +139,34 @@ def make(
     work.trained = frozenset(map(ir.identity, parameters))
     with torch.inference_mode(False), torch.enable_grad():
         work.specialise(inputs)  # what the model refuses, and what cannot be captured, is said here
+        compared: set[tuple[str, str]] = set()
         if given.verify:
-            guilty = {result.name: result for result in gradients.changed_by(work.original, names, inputs, given)}
-            if guilty:
-                _without(work, guilty, inputs)
+            found, compared = gradients.changed_by(work.original, names, inputs, given)
+            if found:
+                _without(work, {result.name: result for result in found}, inputs)
         program = work.programs[0]
         Folds.forget(program.module)
         own = {str(node.target) for node in program.captured.module.graph.find_nodes(op="get_attr")}
-        return TrainableModule(work, _plain(program.module, own))
+        made = TrainableModule(work, _plain(program.module, own))
+        if given.verify:
+            _verify(made, inputs)
+            applied = dict.fromkeys((rewrite.pass_name, rewrite.rule) for rewrite in work.report.rewrites)
+            work.report.notices += [
+                f"{name} ({rule}) found nothing in float64, where gradients are compared: those that it leaves are not"
+                for name, rule in applied
+                if (name, rule) not in compared
+            ]
+        return made
+
+
+def _verify(made: TrainableModule, inputs: Inputs) -> None:
+    """Raises VerificationError where what is trained does not give the original's answer."""
+    work = made._session
+    with work._kept(made.graph_module) as kept:
+        actual = kept.apart(seeded(made.graph_module, inputs))
+    verdict = work._compare(work._run_original(inputs), actual, inputs)
+    if not verdict.ok:
+        raise VerificationError(f"the graph to train gives another answer than the model: {verdict.reason}")
 
 
 def _without(work: session.Session, guilty: dict[str, PassResult], inputs: Inputs) -> None:

@@ -58,7 +58,7 @@ class Folds:
 
         `read` are the constants that the rewritten nodes read, `made` how many leaves there were before, `added` the
         paths of the new constants. A trained parameter that is still read would become two; a frozen one would be
-        trained within a leaf.
+        trained within a leaf. What was made of frozen ones alone is noted as frozen.
         """
         sources = {id(source) for _, value in self._made[made:] for source in _sources(value)}
         gone = [node for node in read if node._erased or not node.users]

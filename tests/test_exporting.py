@@ -471,3 +471,14 @@ def test_a_missing_package_is_named_with_its_extra(
 def test_a_wide_softmax_stays_one_operator(tmp_path: Path) -> None:
     model = Network(lambda m, x: F.softmax(m.linear(x), -1), linear=nn.Linear(4, 4)).eval()
     assert kinds(written(fxopt.compile(model, (torch.randn(2, 4),)), tmp_path)) == {"Gemm": 1, "Softmax": 1}
+
+
+def test_a_program_that_could_not_be_compared_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = fxopt.compile(torch.nn.Linear(3, 2).eval(), (torch.zeros(2, 3),))
+
+    def refuse(*args: Any) -> Any:
+        raise fxopt.InputError("the model takes no such numbers")
+
+    monkeypatch.setattr(fast._session, "_run_original", refuse)
+    with pytest.warns(fxopt.FxoptNotice, match="was not compared: the model takes no such numbers"):
+        fast.exported()

@@ -159,6 +159,7 @@ def distributed(rank: int, steps: int) -> list[torch.Tensor]:
     model = fxopt.sync_batchnorm(net())
     parallel = DistributedDataParallel(model)
     compiled = fxopt.compile(parallel)
+    assert compiled.report.model == "Net"
     optimiser = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     for step in range(steps):
         x, target = data(step)

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 import fxopt
-from fxopt import Pass, Rewriter
+from fxopt import Pass, Rewriter, gradients, trainable
 from fxopt.models import randomize_fresh_norms
 
 X = torch.Generator().manual_seed(1)
@@ -373,6 +373,27 @@ def test_a_pass_that_loses_a_gradient_is_undone() -> None:
     assert names(tuned) == {"bias"}
     with pytest.raises(fxopt.VerificationError, match="gradient of bias"):
         fxopt.compile(model, (ROWS,), trainable=True, passes=(bad,), strict=True)
+
+
+def test_the_graph_to_train_is_compared_with_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = trainable._plain
+
+    def spoiled(*args: Any) -> fx.GraphModule:
+        module = plain(*args)
+        with torch.no_grad():
+            next(module.parameters()).mul_(2)
+        return module
+
+    monkeypatch.setattr(trainable, "_plain", spoiled)
+    with pytest.raises(fxopt.VerificationError, match="graph to train gives another answer"):
+        fxopt.compile(made(TABLE["norm behind a convolution"][0]), (IMAGE,), trainable=True)
+
+
+def test_rewrites_whose_gradients_were_not_compared_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradients, "changed_by", lambda *args: ([], {("fold-batchnorm", "norm-after-layer")}))
+    tuned = fxopt.compile(made(TABLE["norm behind a convolution"][0]), (IMAGE,), trainable=True)
+    (notice,) = tuned.report.notices
+    assert notice.startswith("fuse-conv-activation (activation) found nothing in float64")
 
 
 def test_a_model_that_does_not_run_in_float64_says_so() -> None:

@@ -14,15 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 import fxopt
+from processes import needs_gloo
 from test_docs import DOCS, blocks
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo"),
-]
+pytestmark = [pytest.mark.slow, needs_gloo]
 
 SCORES = ("top-1", "top-5", "cross_entropy", "hinge")
 
