@@ -50,7 +50,7 @@ class Folds:
         """Adds to the gradients of parameters what those of the leaves folded from them come to."""
         for leaf, value in reversed(self._made):
             if leaf.grad is not None:
-                torch.autograd.backward(value, _dense(leaf.grad), retain_graph=True)
+                torch.autograd.backward(value, leaf.grad, retain_graph=True)
                 leaf.grad = None
 
     def refusal(self, read: Mapping[fx.Node, torch.Tensor], made: int, added: Iterable[str]) -> str | None:

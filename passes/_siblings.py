@@ -94,8 +94,12 @@ def layer(node: fx.Node, source: fx.Node) -> Layer | NoMatch:
         ("bias dtype", weight.dtype if bias is None else bias.dtype),
         ("device", weight.device),
     ]
-    if weight.requires_grad:  # zeros that fill up what is trained would be trained, too
-        key += [("trained", True), ("a bias", bias is not None), ("kernel", tuple(weight.shape[2:]))]
+    trained = weight.requires_grad  # zeros that fill up what is trained would be trained, too
+    key += [
+        ("requires_grad", trained),
+        ("number of trained biases", int(trained and bias is not None)),
+        ("trained kernel", tuple(weight.shape[2:]) if trained else ()),
+    ]
     kernel, padding = () if linear else tuple(weight.shape[2:]), tuple(given.get("padding", ()))
     if not linear:
         key += _geometry(given, kernel, padding)

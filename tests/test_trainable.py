@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 
 import fxopt
-from fxopt import Pass, Rewriter, gradients, trainable
+from fxopt import NoMatch, Pass, Rewriter, gradients, ir, trainable
 from fxopt.models import randomize_fresh_norms
 
 X = torch.Generator().manual_seed(1)
@@ -223,7 +223,9 @@ def test_a_fine_tune_lowers_the_loss_and_leaves_the_model_alone(optimiser: Any) 
 # -- what a number is now says nothing of what it will be --------------------------------------------------------------
 
 
-def names(tuned: fxopt.TrainableModule) -> set[str]:
+def names(tuned: fxopt.TrainableModule, *, undone: bool = False) -> set[str]:
+    """The trained parameters. No pass failed, and none was undone unless so expected."""
+    assert {result.status for result in tuned.report.passes} == ({"rolled back"} if undone else {"done"})
     return {name.removeprefix("graph_module.") for name, value in tuned.named_parameters() if value.requires_grad}
 
 
@@ -295,6 +297,21 @@ def test_a_frozen_weight_does_not_become_part_of_a_trained_one() -> None:
     tuned = fxopt.compile(model, (IMAGE,), trainable=True)
     assert names(tuned) == {"1.weight", "1.bias"}
     assert "frozen" in str(tuned.explain("1"))
+
+
+def test_trained_siblings_of_a_frozen_layer_are_merged_without_it() -> None:
+    model = made(
+        lambda: Model(
+            lambda m, x: m.q(x).cos() * m.k(x).sin() + m.v(x).exp(),
+            q=nn.Linear(8, 64, bias=False),
+            k=nn.Linear(8, 64, bias=False),
+            v=nn.Linear(8, 64, bias=False),
+        )
+    )
+    model.q.requires_grad_(False)
+    tuned = fxopt.compile(model, (torch.randn(64, 8, generator=X),), trainable=True)
+    assert {name.rpartition(".")[2] for name in names(tuned)} == {"weight_merged"}
+    assert torch.equal(tuned.graph_module.q.weight, model.q.weight)
 
 
 def test_what_was_folded_from_frozen_weights_is_as_frozen() -> None:
@@ -370,9 +387,30 @@ def test_a_pass_that_loses_a_gradient_is_undone() -> None:
     (result,) = tuned.report.passes
     assert result.status == "rolled back"
     assert "gradient of bias" in result.reason
-    assert names(tuned) == {"bias"}
+    assert names(tuned, undone=True) == {"bias"}
     with pytest.raises(fxopt.VerificationError, match="gradient of bias"):
         fxopt.compile(model, (ROWS,), trainable=True, passes=(bad,), strict=True)
+
+
+def _write_again(rewriter: Rewriter) -> None:
+    for node in list(rewriter.graph.nodes):
+        weight = ir.tensor(node.args[1]) if node.target is torch.ops.aten.mul.Tensor else None
+        if weight is not None and weight.is_complex():
+
+            def build(node: fx.Node = node, weight: torch.Tensor = weight) -> fx.Node:
+                return rewriter.call(node.target, node.args[0], rewriter.constant(weight * 1, "same"))
+
+            assert not isinstance(rewriter.substitute(node, build, rule="same", nodes=[node]), NoMatch)
+
+
+def test_complex_parameters_are_leaves_too() -> None:
+    model = Model(
+        lambda m, x: (x * m.w).abs(), w=nn.Parameter(torch.randn(8, dtype=torch.complex64, generator=X))
+    ).eval()
+    again = Pass("again", run=_write_again)
+    tuned = fxopt.compile(model, (ROWS,), trainable=True, passes=(again,))
+    assert [result.status for result in tuned.report.passes] == ["done"]
+    assert names(tuned) == {"same"}
 
 
 def test_the_graph_to_train_is_compared_with_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
