@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import benchmark_models
 from make_benchmarks import machines
+from written import fill
 
 import fxopt
 from fxopt.bench import Benchmark, Fxopt
@@ -119,9 +120,7 @@ def tables(benchmarks: list[Benchmark]) -> str:
 
 def write(results: Path) -> None:
     """Writes the table into the page."""
-    text = PAGE.read_text(encoding="utf-8")
-    before, after = text.partition(BEGIN)[0], text.partition(END)[2]
-    PAGE.write_text(f"{before}{BEGIN}\n\n{tables(load(results))}\n\n{END}{after}", encoding="utf-8")
+    fill(PAGE, BEGIN, END, tables(load(results)))
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from benchmark_models import NAMES
+from written import fill
 
 from fxopt import cli
 from fxopt.bench import Benchmark, chart, means, table
@@ -121,9 +122,7 @@ def write(results: Path) -> None:
     latest = {(one.model, one.batch, one.settings.threads): one for one in measured}  # of those with other rounds, too
     found = list(latest.values())
     found.sort(key=lambda one: (one.settings.threads or 0, one.batch or 0, order.get(one.short_name, len(order))))
-    text = PAGE.read_text(encoding="utf-8")
-    before, after = text.partition(BEGIN)[0], text.partition(END)[2]
-    PAGE.write_text(f"{before}{BEGIN}\n\n{tables(found)}\n\n{END}{after}", encoding="utf-8")
+    fill(PAGE, BEGIN, END, tables(found))
     if found:
         chart.save(found, CHART)
 

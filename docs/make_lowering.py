@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import benchmark_models
 import torch
 import torch.nn.functional as F
+from written import fill, table
 
 import fxopt
 from fxopt.bench.system import machine
@@ -112,13 +113,6 @@ def network(name: str) -> list[float]:
     return medians([lambda call, fast=fast: fast(*args, **kwargs) for fast in made])  # type: ignore[misc]
 
 
-def table(head: Iterable[str], rows: Iterable[list[str]]) -> str:
-    """A table in Markdown, numbers to the right."""
-    head = list(head)
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def best(times: list[float]) -> list[str]:
     """Times as text, the shortest in bold."""
     return [f"**{number:.0f}**" if number == min(times) else f"{number:.0f}" for number in times]
@@ -149,10 +143,9 @@ def tables() -> str:
 def main() -> None:
     """Measures, and writes the page."""
     torch.set_num_threads(THREADS)
-    text = PAGE.read_text(encoding="utf-8")
     with torch.no_grad():
         made = tables()
-    PAGE.write_text(f"{text.partition(BEGIN)[0]}{BEGIN}\n\n{made}\n\n{END}{text.partition(END)[2]}", encoding="utf-8")
+    fill(PAGE, BEGIN, END, made)
 
 
 if __name__ == "__main__":

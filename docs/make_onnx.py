@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import benchmark_models
 from make_benchmarks import machines
+from written import fill, table
 
 import fxopt
 from fxopt.bench import Benchmark, OnnxRuntime
@@ -96,12 +97,6 @@ def load(results: Path) -> tuple[Counts, list[Benchmark]]:
     return kept.get("counts", {}), [Benchmark.from_dict(entry) for entry in kept.get("benchmarks", [])]
 
 
-def table(head: tuple[str, ...], rows: list[list[str]]) -> str:
-    """A table in Markdown, numbers to the right."""
-    lines = [list(head), ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def nodes(counts: Counts) -> str:
     """The table of counts."""
     head = ("model", "nodes", "ours", "layers", "ours", "batch norms", "ours", "run by ONNX Runtime", "ours")
@@ -137,8 +132,7 @@ def write(results: Path) -> None:
     counts, benchmarks = load(results)
     parts = [nodes(counts) if counts else "Nothing has been counted yet."]
     parts.append(times(benchmarks) if benchmarks else "Times have not been measured yet.")
-    text, made = PAGE.read_text(encoding="utf-8"), "\n\n".join(parts)
-    PAGE.write_text(f"{text.partition(BEGIN)[0]}{BEGIN}\n\n{made}\n\n{END}{text.partition(END)[2]}", encoding="utf-8")
+    fill(PAGE, BEGIN, END, "\n\n".join(parts))
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
+from written import fill
 
 PAGE = Path(__file__).resolve().parent / "benchmarks.md"
 BEGIN, END = "<!-- profile: written by make profile -->", "<!-- end of profile -->"
@@ -115,9 +116,7 @@ def main() -> None:
     names = [name for name in benchmark_models.NAMES if re.search(options.only, name)]
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         profiles = pool.starmap(profile, [(name, options.threads) for name in names], chunksize=1)
-    text = PAGE.read_text(encoding="utf-8")
-    before, after = text.partition(BEGIN)[0], text.partition(END)[2]
-    PAGE.write_text(f"{before}{BEGIN}\n\n{table(profiles, options.threads)}\n\n{END}{after}", encoding="utf-8")
+    fill(PAGE, BEGIN, END, table(profiles, options.threads))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import torch
 import torch.distributed as dist
+from written import fill
 
 from fxopt.bench.system import machine
 from fxopt.training.normalise import batch_norm
@@ -90,9 +91,7 @@ def table() -> str:
 
 def main() -> None:
     """Measures, and writes the page."""
-    made = table()
-    text = PAGE.read_text(encoding="utf-8")
-    PAGE.write_text(f"{text.partition(BEGIN)[0]}{BEGIN}\n\n{made}\n\n{END}{text.partition(END)[2]}", encoding="utf-8")
+    fill(PAGE, BEGIN, END, table())
 
 
 if __name__ == "__main__":

@@ -39,7 +39,11 @@ def test_only_the_image_is_converted(name: str) -> None:
 @pytest.mark.zoo
 @pytest.mark.parametrize(
     ("name", "beside"),
-    [("mixnet_s", set()), ("inception_next_atto", set()), ("coatnet_pico_rw_224", {aten.transpose.int, aten.reshape.default})],
+    [
+        ("mixnet_s", set()),
+        ("inception_next_atto", set()),
+        ("coatnet_pico_rw_224", {aten.transpose.int, aten.reshape.default}),
+    ],
 )
 def test_nothing_that_is_converted_could_have_been_earlier(name: str, beside: set[Any]) -> None:
     torch.manual_seed(0)
