@@ -79,9 +79,12 @@ class Ran:
 
 @contextmanager
 def command_line(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], **modules: str
 ) -> Iterator[Callable[..., Ran]]:
-    """Runs a command line in a folder that has net.py, its neighbour, and a module that raises on import."""
+    """Runs a command line in a folder that has net.py, its neighbour, modules that raise on import, and `modules`, by
+    name their text."""
+    for name, text in modules.items():
+        (folder / f"{name}.py").write_text(text, encoding="utf-8")
     (folder / "net.py").write_text(NET)
     (folder / "neighbour.py").write_text('REASON = "no weights here"\n')
     (folder / "faulty.py").write_text("import no_such_thing_at_all\n")
@@ -96,5 +99,5 @@ def command_line(
         return Ran(code, *capsys.readouterr())
 
     yield command
-    for name in set(sys.modules) & {"net", "neighbour", "faulty", "undone"} - known:
+    for name in set(sys.modules) & {"net", "neighbour", "faulty", "undone", *modules} - known:
         del sys.modules[name]

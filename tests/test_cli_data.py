@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -74,10 +73,8 @@ def texts():
 def run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Iterator[Callable[..., Ran]]:
-    (tmp_path / "loaded.py").write_text(NET, encoding="utf-8")
-    with command_line(tmp_path, monkeypatch, capfd) as command:
+    with command_line(tmp_path, monkeypatch, capfd, loaded=NET) as command:
         yield command
-    sys.modules.pop("loaded", None)
 
 
 KINDS = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,10 +33,8 @@ def nothing():
 def run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Callable[..., Ran]]:
-    (tmp_path / "scored.py").write_text(NET, encoding="utf-8")
-    with command_line(tmp_path, monkeypatch, capsys) as command:
+    with command_line(tmp_path, monkeypatch, capsys, scored=NET) as command:
         yield command
-    sys.modules.pop("scored", None)
 
 
 def test_the_table(run: Any) -> None:
