@@ -1,7 +1,6 @@
 """fxopt: a graph-rewriting compiler on torch.fx that shows, proves and explains what it does.
 
-Its names are in `__init__.pyi`; each is loaded when it is first asked for, because torch.export alone takes a second to
-import.
+Its names are in `__init__.pyi`; each is loaded when it is first asked for, because torch.export is slow to import.
 """
 
 import lazy_loader
