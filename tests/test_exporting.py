@@ -20,6 +20,8 @@ from torch.utils import _pytree as pytree
 
 import fxopt
 from convnets import convnet, image
+from fxopt.capture.program import register_dataclasses
+from fxopt.guards import Guards
 from graphs import FRONT_ENDS, Network, TwoInputs, randomised
 
 
@@ -259,6 +261,7 @@ def test_a_program_with_another_answer_is_an_error(monkeypatch: pytest.MonkeyPat
 
 def exported(model: nn.Module, call: Call, opened: bool = True) -> ExportedProgram:
     args, kwargs = call
+    register_dataclasses(model(*args, **kwargs))  # torch.export wants it of its caller
     if not opened:
         return torch.export.export(model, args, kwargs)
     shapes = torch.export.ShapesCollection()
@@ -471,6 +474,13 @@ def test_a_missing_package_is_named_with_its_extra(
 def test_a_wide_softmax_stays_one_operator(tmp_path: Path) -> None:
     model = Network(lambda m, x: F.softmax(m.linear(x), -1), linear=nn.Linear(4, 4)).eval()
     assert kinds(written(fxopt.compile(model, (torch.randn(2, 4),)), tmp_path)) == {"Gemm": 1, "Softmax": 1}
+
+
+def test_stand_ins_that_the_guards_refuse_are_not_exported(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = fxopt.compile(torch.nn.Linear(3, 2).eval(), (torch.zeros(2, 3),))
+    monkeypatch.setattr(Guards, "refusal", lambda *args: "a branch depends on it")
+    with pytest.raises(fxopt.ExportError, match="a branch depends on it"):
+        fast.exported()
 
 
 def test_a_program_that_could_not_be_compared_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
